@@ -1,0 +1,292 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+One cache layer while a press works on it: what it held before, what the press left, and how to write the merge back.
+
+``open_layer`` puts traced tensors where the press reads. Exactly one of ``commit`` and ``restore`` ends that: the first
+leaves what the press did, with new values (and keys) where they are given; the second puts the layer back as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, QuantizedLayer, StaticLayer
+
+from kvpress_merging.tracing import Trace, TracedTensor, has_foreign_rows, plain, positions_of, trace, with_rows_of
+
+
+@dataclass
+class Left:
+    """
+    What a press left of one layer.
+
+    Parameters
+    ----------
+    keys, values : torch.Tensor
+        Plain tensors, shape ``(bsz, num_key_value_heads, n_slots, head_dim)``.
+    positions : torch.Tensor or None
+        The position that each slot's *value* holds, int64, shape ``(bsz, num_key_value_heads, n_slots)``; None where
+        the press rebuilt the values in a way that cannot be followed.
+    keys_rewritten : bool
+        Whether the keys are not those of the cache any more (rotated anew, or with channels set to zero).
+    has_foreign_rows : bool
+        Whether some slots may hold tokens that the press appended.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor | None
+    keys_rewritten: bool
+    has_foreign_rows: bool
+
+
+def is_followed(layer: CacheLayerMixin) -> bool:
+    """
+    Whether evictions from this kind of cache layer can be merged.
+
+    Sliding-window layers are left to the bare press: they forget by themselves.
+
+    Raises
+    ------
+    ValueError
+        For a static layer, which a press cannot shrink: kvpress would evict from its unwritten tail as well.
+    """
+    if getattr(layer, "is_sliding", False):
+        return False
+    if isinstance(layer, StaticLayer):
+        raise ValueError(
+            f"a {type(layer).__name__} has a fixed length, which no press can shrink: "
+            "use a DynamicCache or a QuantizedCache"
+        )
+    return True
+
+
+def layer_length(layer: CacheLayerMixin) -> int:
+    """Number of positions that a cache layer holds, read without a device synchronisation."""
+    return int(layer.get_seq_length())
+
+
+def open_layer(cache: Cache, layer_idx: int) -> OpenLayer:
+    """Start to follow what a press does to one layer of ``cache``."""
+    layer = cache.layers[layer_idx]
+    return OpenQuantizedLayer(layer) if isinstance(layer, QuantizedLayer) else OpenDynamicLayer(layer)
+
+
+class OpenLayer:
+    """A pair of traced tensors that a press works on; the base of what stands where a press reads and writes."""
+
+    traced_keys: TracedTensor
+    traced_values: TracedTensor
+    is_closed: bool = False
+
+    def close(self) -> None:
+        """Leave what the press did so far and follow it no more."""
+        if not self.is_closed:
+            self.commit()
+            self.is_closed = True
+
+    @property
+    def traces(self) -> tuple[Trace, Trace]:
+        """What is known of the keys' and of the values' source."""
+        return self.traced_keys._trace, self.traced_values._trace
+
+    def before(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as they were before the press, plain."""
+        return self.traced_keys._trace.original, self.traced_values._trace.original
+
+    def lengths(self) -> tuple[int, int]:
+        """Positions before the press, and slots that it left."""
+        raise NotImplementedError
+
+    def left(self) -> Left:
+        """What the press left."""
+        raise NotImplementedError
+
+    def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
+        """Leave what the press did, with these keys and values in place of its own where they are given."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Put the layer back as it was before the press."""
+        raise NotImplementedError
+
+    def _describe(self, keys: torch.Tensor, values: torch.Tensor) -> Left:
+        keys_rewritten = self.traced_keys._trace.is_modified or (
+            keys is not self.traced_keys and positions_of(keys) is None
+        )
+        positions = positions_of(values)
+        if positions is not None:
+            positions = positions.to(values.device)
+        return Left(plain(keys), plain(values), positions, keys_rewritten, has_foreign_rows(values))
+
+
+class OpenTensors(OpenLayer):
+    """Keys and values that a press is handed as arguments and gives back as results."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        self.traced_keys, self.traced_values = trace(plain(keys)), trace(plain(values))
+        self.result: tuple[torch.Tensor, torch.Tensor] = (self.traced_keys, self.traced_values)
+
+    def lengths(self) -> tuple[int, int]:
+        return self.traced_values.shape[2], self.result[1].shape[2]
+
+    def left(self) -> Left:
+        return self._describe(*self.result)
+
+    def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
+        left_keys, left_values = (plain(tensor) for tensor in self.result)
+        self.result = (left_keys if keys is None else keys, left_values if values is None else values)
+
+    def restore(self) -> None:
+        for part in self.traces:
+            part.restore()
+        self.result = (self.traces[0].source, self.traces[1].source)
+
+
+class OpenDynamicLayer(OpenLayer):
+    """A layer that keeps its keys and values as tensors."""
+
+    def __init__(self, layer: Any):
+        self.traced_keys, self.traced_values = trace(plain(layer.keys)), trace(plain(layer.values))
+        self.layer = layer
+        layer.keys, layer.values = self.traced_keys, self.traced_values
+
+    def lengths(self) -> tuple[int, int]:
+        return self.traced_values.shape[2], self.layer.values.shape[2]
+
+    def left(self) -> Left:
+        return self._describe(self.layer.keys, self.layer.values)
+
+    def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
+        left = [
+            part.source if written is traced else plain(written)
+            for part, traced, written in zip(
+                self.traces, (self.traced_keys, self.traced_values), (self.layer.keys, self.layer.values)
+            )
+        ]
+        self.layer.keys = left[0] if keys is None else keys
+        self.layer.values = left[1] if values is None else values
+
+    def restore(self) -> None:
+        for part in self.traces:
+            part.restore()
+        self.layer.keys, self.layer.values = (part.source for part in self.traces)
+
+
+@dataclass
+class _Unquantized:
+    """Stands where a press wrote a quantized tensor, until the merge is known."""
+
+    tensor: torch.Tensor
+    axis: int
+
+
+class OpenQuantizedLayer(OpenLayer):
+    """
+    A layer that keeps its older keys and values quantized and the most recent ones, its residual, as they are.
+
+    The press sees what it sees without us: the dequantized part. What it quantizes waits until the merge is known, so
+    that each tensor is quantized once, and only if it has to be. The residual is not shown to the
+    press, as in kvpress, but where kvpress drops it we keep it: its tokens stay behind the survivors, and may be
+    merged into.
+    """
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+        self.stored = (layer._quantized_keys, layer._quantized_values)
+        self.residual = (layer.keys, layer.values)
+        self.cumulative_length = layer.cumulative_length
+        self.n_residual = layer.keys.shape[2] if layer.keys.dim() == 4 else 0
+        layer._dequantize = self._dequantize
+        layer._quantize = _Unquantized
+
+    @cached_property
+    def traced_keys(self) -> TracedTensor:  # type: ignore[override]
+        return trace(type(self.layer)._dequantize(self.layer, self.stored[0]))
+
+    @cached_property
+    def traced_values(self) -> TracedTensor:  # type: ignore[override]
+        return trace(type(self.layer)._dequantize(self.layer, self.stored[1]))
+
+    def _dequantize(self, stored: Any) -> torch.Tensor:
+        if stored is self.stored[0]:
+            return self.traced_keys
+        if stored is self.stored[1]:
+            return self.traced_values
+        layer, layer_class = self.layer, type(self.layer)
+        if isinstance(stored, _Unquantized):
+            # One press after another: the second is to see what it would see without us, to the last bit.
+            rounded = layer_class._quantize(layer, plain(stored.tensor).contiguous(), stored.axis)
+            return with_rows_of(layer_class._dequantize(layer, rounded), stored.tensor)
+        return layer_class._dequantize(layer, stored)
+
+    def before(self) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().before()
+        return self._with_residual(keys, 0), self._with_residual(values, 1)
+
+    def lengths(self) -> tuple[int, int]:
+        written = self.layer._quantized_values
+        if not isinstance(written, _Unquantized):
+            return self.cumulative_length, self.cumulative_length
+        return self.cumulative_length, written.tensor.shape[2] + self.n_residual
+
+    def left(self) -> Left:
+        keys, values = self._written()
+        left = self._describe(keys, values)
+        left.keys, left.values = self._with_residual(left.keys, 0), self._with_residual(left.values, 1)
+        if self.n_residual and left.positions is not None:
+            n_quantized = self.cumulative_length - self.n_residual
+            recent = torch.arange(n_quantized, self.cumulative_length, device=left.positions.device)
+            recent = recent.expand(*left.positions.shape[:2], self.n_residual)
+            left.positions = torch.cat([left.positions, recent], dim=-1)
+        return left
+
+    def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
+        layer = self.layer
+        n_stored = self.lengths()[1] - self.n_residual
+        self._close()
+        stored, residual = list(self.stored), list(self.residual)
+        for which, new in enumerate((keys, values)):
+            written = (layer._quantized_keys, layer._quantized_values)[which]
+            if new is not None:
+                if self.n_residual:
+                    residual[which] = new[:, :, n_stored:]
+                new = new[:, :, :n_stored]
+            elif isinstance(written, _Unquantized):
+                root = (self.traced_keys, self.traced_values)[which]
+                if written.tensor is root and not root._trace.is_modified:
+                    continue  # nothing to write: quantizing again would only lose precision
+                new = plain(written.tensor)
+            else:
+                continue
+            axis = (layer.axis_key, layer.axis_value)[which]
+            stored[which] = layer._quantize(new.contiguous(), axis=axis)
+        layer._quantized_keys, layer._quantized_values = stored
+        layer.keys, layer.values = residual
+        layer.cumulative_length = n_stored + self.n_residual
+
+    def restore(self) -> None:
+        self._close()
+        self.layer._quantized_keys, self.layer._quantized_values = self.stored
+        self.layer.keys, self.layer.values = self.residual
+        self.layer.cumulative_length = self.cumulative_length
+
+    def _with_residual(self, tensor: torch.Tensor, which: int) -> torch.Tensor:
+        return torch.cat([tensor, self.residual[which]], dim=2) if self.n_residual else tensor
+
+    def _written(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What now stands for the quantized part, traced where it can be followed."""
+        keys, values = self.layer._quantized_keys, self.layer._quantized_values
+        return (
+            keys.tensor if isinstance(keys, _Unquantized) else self.traced_keys,
+            values.tensor if isinstance(values, _Unquantized) else self.traced_values,
+        )
+
+    def _close(self) -> None:
+        for name in ("_dequantize", "_quantize"):
+            vars(self.layer).pop(name, None)

@@ -1,0 +1,145 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which positions of one cache layer a press kept and which it evicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Eviction:
+    """
+    Kept and evicted positions of one cache layer, per batch row and KV head.
+
+    A *position* is an index into the layer as it was before the eviction, a *slot* an index into what the press left.
+    A press that shrinks the cache leaves fewer slots than there were positions; a press that masks leaves them all, and
+    a survivor's slot is then its position. Positions that are neither survivors nor evicted are left alone: those that
+    were masked earlier, and tokens that a press appended for its own use.
+
+    The two lists of a head are padded where heads differ (a *ragged* eviction): then ``counts`` says how many entries
+    of each are real.
+
+    Parameters
+    ----------
+    survivors : torch.Tensor
+        Positions that may take something in, ascending, int64, shape ``(bsz, num_key_value_heads, n_survivors)``.
+    slots : torch.Tensor
+        Where each survivor stands in what the press left, int64, same shape as ``survivors``.
+    evicted : torch.Tensor
+        Positions evicted now, ascending, int64, shape ``(bsz, num_key_value_heads, n_evicted)``.
+    k_len : int
+        Number of positions of the layer before the eviction.
+    counts : tuple of (int, int), optional
+        One pair ``(n_survivors, n_evicted)`` per batch row and head, row-major, where they differ between heads; None
+        where every entry is real.
+    keys_rewritten : bool
+        Whether the press wrote new keys for the survivors (rotated anew, or with channels set to zero), so that what it
+        left differs from the keys of the cache before the eviction.
+    """
+
+    survivors: torch.Tensor
+    slots: torch.Tensor
+    evicted: torch.Tensor
+    k_len: int
+    counts: tuple[tuple[int, int], ...] | None = None
+    keys_rewritten: bool = False
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether heads differ in how many positions they kept or lost."""
+        return self.counts is not None
+
+    @property
+    def n_evicted(self) -> int:
+        """Evicted positions, summed over batch rows and heads."""
+        if self.counts is None:
+            return self.evicted.numel()
+        return sum(n_evicted for _, n_evicted in self.counts)
+
+    @property
+    def n_survivors(self) -> int:
+        """Surviving positions, summed over batch rows and heads."""
+        if self.counts is None:
+            return self.survivors.numel()
+        return sum(n_survivors for n_survivors, _ in self.counts)
+
+    @classmethod
+    def from_kept(cls, positions: torch.Tensor, k_len: int) -> Eviction:
+        """
+        The eviction of a press that kept the same number of positions in every head.
+
+        Reads nothing back from the device.
+
+        Parameters
+        ----------
+        positions : torch.Tensor
+            The position that each slot holds, int64, shape ``(bsz, num_key_value_heads, n_kept)``, in any order,
+            without repeats within a head.
+        k_len : int
+            Number of positions before the eviction.
+        """
+        survivors, slots = positions.sort(dim=-1)
+        is_evicted = torch.ones(*positions.shape[:2], k_len, dtype=torch.bool, device=positions.device)
+        is_evicted.scatter_(-1, positions, False)
+        evicted = is_evicted.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
+        return cls(survivors, slots, evicted[..., : k_len - positions.shape[-1]], k_len)
+
+    @classmethod
+    def from_masks(
+        cls, is_survivor: torch.Tensor, is_evicted: torch.Tensor, slot_of: torch.Tensor | None = None
+    ) -> Eviction:
+        """
+        The eviction of a press that may treat every head differently.
+
+        Reads the counts of all heads back from the device, once.
+
+        Parameters
+        ----------
+        is_survivor, is_evicted : torch.Tensor
+            Which positions survive and which are evicted now, bool, shape ``(bsz, num_key_value_heads, k_len)``.
+        slot_of : torch.Tensor, optional
+            The slot that each surviving position has in what the press left, int64, same shape. By default the
+            position itself, as a press that masks leaves it.
+        """
+        k_len = is_survivor.shape[-1]
+        per_head = torch.stack([is_survivor, is_evicted]).sum(dim=-1).flatten(1).tolist()
+        counts = tuple(zip(*per_head))
+        most_survivors, most_evicted = (max(column, default=0) for column in per_head)
+
+        survivors = is_survivor.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
+        evicted = is_evicted.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
+        survivors, evicted = survivors[..., :most_survivors], evicted[..., :most_evicted]
+        slots = survivors if slot_of is None else slot_of.gather(-1, survivors)
+        is_even = all(count == (most_survivors, most_evicted) for count in counts)
+        return cls(survivors, slots, evicted, k_len, None if is_even else counts)
+
+
+def masked_positions(
+    masked_key_indices: Sequence[torch.Tensor] | None, shape: tuple[int, int, int], device: torch.device
+) -> torch.Tensor:
+    """
+    The positions that ``module.masked_key_indices`` names.
+
+    Parameters
+    ----------
+    masked_key_indices : sequence of three torch.Tensor, or None
+        Batch rows, heads and positions, as kvpress's presses write them, on any device.
+    shape : (int, int, int)
+        ``(bsz, num_key_value_heads, k_len)``. Indices of positions beyond ``k_len`` are passed over: they stay behind
+        when a cache is cut back.
+
+    Returns
+    -------
+    torch.Tensor
+        bool, of this shape.
+    """
+    bsz, num_key_value_heads, k_len = shape
+    masked = torch.zeros(bsz, num_key_value_heads, k_len + 1, dtype=torch.bool, device=device)
+    if masked_key_indices is not None:
+        batch_indices, head_indices, seq_indices = (index.to(device) for index in masked_key_indices)
+        masked[batch_indices, head_indices, seq_indices.clamp(max=k_len)] = True
+    return masked[..., :k_len]

@@ -1,0 +1,344 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Fold each evicted position into the survivor most like it: gates, weights and the weighted mean.
+
+The idea comes from Token Merging (ToMe, https://arxiv.org/abs/2210.09461) and D2O (https://arxiv.org/abs/2406.13035).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+
+from kvpress_merging.eviction import Eviction
+from kvpress_merging.kernels.nearest import (
+    DEFAULT_TILE_BYTES,
+    block_bytes,
+    gather_rows,
+    head_blocks,
+    naive_nearest_survivors,
+    nearest_survivors,
+    row_norms,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """
+    What the cosine blend made of one layer.
+
+    Parameters
+    ----------
+    keys, values : torch.Tensor
+        The survivors after the blend: order, shape, dtype and device of what the press left. The very tensor that the
+        press left where nothing can have changed: the keys unless they are blended too, both if nothing was evicted.
+    similarity : torch.Tensor
+        Cosine of each evicted position with its nearest survivor, float32, shape
+        ``(bsz, num_key_value_heads, n_evicted)``; -inf where there is none and in padding.
+    weight : torch.Tensor
+        Weight of each evicted position in the mean, float32, same shape; 0 where it was not merged.
+    target : torch.Tensor
+        Index into ``eviction.survivors`` of that nearest survivor, int64, same shape.
+    is_merged : torch.Tensor
+        Which evicted positions were merged (chosen by the gates, with a weight above 0), bool, same shape.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    similarity: torch.Tensor
+    weight: torch.Tensor
+    target: torch.Tensor
+    is_merged: torch.Tensor
+
+
+@torch.no_grad()
+def cosine_blend(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kept_keys: torch.Tensor,
+    kept_values: torch.Tensor,
+    eviction: Eviction,
+    *,
+    similarity_threshold: float = 0.0,
+    merge_fraction: float = 1.0,
+    max_merge_per_token: int = 0,
+    value_norm_weighting: bool = True,
+    merge_keys: bool = False,
+    tile_bytes: int = DEFAULT_TILE_BYTES,
+    kernel: str = "auto",
+) -> Blend:
+    """
+    Blend each evicted position into its most cosine-similar survivor.
+
+    With ``s_i`` the cosine of evicted position i with its nearest survivor j(i), those i merge that pass the gates (see
+    :func:`select_merges`), with weight ``w_i = max(s_i, 0)``, times ``|v_i| / (|v_i| + |v_j(i)|)`` if
+    ``value_norm_weighting``; then ``v'_j = (v_j + sum_i w_i v_i) / (1 + sum_i w_i)`` over the i that go to j. For one
+    merge alone, ``|v_i - v'_j| = |v_i - v_j| / (1 + w_i)``.
+
+    All arithmetic is in float32. A survivor that takes nothing keeps its bits. Nothing is read back from the device. On
+    the CPU the same input gives the same bits on every run; CUDA adds what one survivor takes in any order, unless
+    ``torch.use_deterministic_algorithms`` is on. No gradient flows through.
+
+    Parameters
+    ----------
+    keys, values : torch.Tensor
+        The layer before the eviction, shapes ``(bsz, num_key_value_heads, k_len, head_dim)``; the head_dim of values
+        may differ from that of keys. Views need not be contiguous.
+    kept_keys, kept_values : torch.Tensor
+        What the press left, shapes ``(bsz, num_key_value_heads, n_slots, head_dim)``. Not written to.
+    eviction : Eviction
+        Which positions survived, where they stand in what the press left, and which were evicted.
+    similarity_threshold : float
+        Least cosine similarity for a merge.
+    merge_fraction : float
+        Share of the eligible evicted positions of a head that are merged, in (0, 1].
+    max_merge_per_token : int
+        Most evicted positions that one survivor takes; 0 means no limit.
+    value_norm_weighting : bool
+        Whether to scale a merge by the evicted value's share of the two norms.
+    merge_keys : bool
+        Whether to blend keys as well, with the same weights.
+    tile_bytes : int
+        Most bytes that one tile of cosines takes.
+    kernel : str
+        How to search: ``"auto"`` or ``"torch"``.
+
+    Returns
+    -------
+    Blend
+        The survivors' keys and values after the blend, and what was merged.
+
+    Raises
+    ------
+    ValueError
+        If ``tile_bytes`` is below 1 or ``kernel`` is unknown.
+    """
+    value_scale, value_norm = row_norms(values)
+    similarity, target = nearest_survivors(keys, value_scale.isfinite(), eviction, tile_bytes=tile_bytes, kernel=kernel)
+    weight = torch.zeros_like(similarity)
+    if eviction.n_evicted == 0 or eviction.n_survivors == 0:
+        return Blend(kept_keys, kept_values, similarity, weight, target, torch.zeros_like(target, dtype=torch.bool))
+
+    is_selected = select_merges(
+        similarity,
+        target,
+        eviction.survivors.shape[-1],
+        similarity_threshold=similarity_threshold,
+        merge_fraction=merge_fraction,
+        max_merge_per_token=max_merge_per_token,
+    )
+    weight = similarity.clamp(min=0.0)
+    if value_norm_weighting:
+        weight *= _value_norm_ratio(value_scale, value_norm, target, eviction)
+    is_merged = is_selected & (weight > 0)
+    weight = torch.where(is_merged, weight, 0.0)
+
+    # Positions that merge nowhere go to a row of their own past the survivors, which is thrown away.
+    row = torch.where(is_merged, target, eviction.survivors.shape[-1])
+    return Blend(
+        _weighted_means(keys, kept_keys, eviction, weight, row) if merge_keys else kept_keys,
+        _weighted_means(values, kept_values, eviction, weight, row),
+        similarity,
+        weight,
+        target,
+        is_merged,
+    )
+
+
+def select_merges(
+    similarity: torch.Tensor,
+    target: torch.Tensor,
+    n_survivors: int,
+    *,
+    similarity_threshold: float,
+    merge_fraction: float,
+    max_merge_per_token: int,
+) -> torch.Tensor:
+    """
+    The gates: which evicted positions may merge.
+
+    Eligible are those with a finite similarity of at least ``similarity_threshold``. Of these the
+    ``round(merge_fraction * n_eligible)`` most similar of each head stay (rounded in float64, half to even), and of
+    those at most ``max_merge_per_token`` for each survivor, the most similar first. The lowest position wins each tie.
+
+    Parameters
+    ----------
+    similarity, target : torch.Tensor
+        As :func:`nearest_survivors` returns them, positions ascending along the last axis.
+    n_survivors : int
+        Length of the survivors axis that ``target`` points into.
+    similarity_threshold, merge_fraction, max_merge_per_token
+        See :func:`cosine_blend`.
+
+    Returns
+    -------
+    torch.Tensor
+        bool, shape ``(bsz, num_key_value_heads, n_evicted)``.
+    """
+    is_selected = similarity.isfinite() & (similarity >= similarity_threshold)
+    if merge_fraction == 1.0 and max_merge_per_token == 0:
+        return is_selected
+
+    # Adding 0 turns -0 into 0: some devices would sort the two apart.
+    sortable = similarity.masked_fill(~is_selected, -torch.inf).add_(0.0)
+    order = sortable.sort(dim=-1, descending=True, stable=True).indices
+    place = torch.arange(order.shape[-1], device=order.device)
+    if merge_fraction < 1.0:
+        n_selected = (is_selected.sum(dim=-1, keepdim=True).double() * merge_fraction).round()
+        is_selected = torch.zeros_like(is_selected).scatter_(-1, order, place < n_selected)
+    if max_merge_per_token > 0:
+        # Bring together those that go to the same survivor, the most similar first, and count from each group's start.
+        group = torch.where(is_selected, target, n_survivors).gather(-1, order)
+        group, by_group = group.sort(dim=-1, stable=True)
+        is_start = torch.ones_like(is_selected)
+        is_start[..., 1:] = group[..., 1:] != group[..., :-1]
+        start = torch.where(is_start, place, 0).cummax(dim=-1).values
+        is_within = (place - start < max_merge_per_token) & (group < n_survivors)
+        is_selected = torch.zeros_like(is_selected).scatter_(-1, order.gather(-1, by_group), is_within)
+    return is_selected
+
+
+def _value_norm_ratio(
+    scale: torch.Tensor, norm: torch.Tensor, target: torch.Tensor, eviction: Eviction
+) -> torch.Tensor:
+    """
+    ``|v_i| / (|v_i| + |v_j(i)|)`` for each evicted position, 0 where both are 0.
+
+    Parameters
+    ----------
+    scale, norm : torch.Tensor
+        Of the values, as :func:`row_norms` returns them.
+    target : torch.Tensor
+        int64, shape ``(bsz, num_key_value_heads, n_evicted)``.
+    eviction : Eviction
+        Which positions survived and which were evicted.
+
+    Returns
+    -------
+    torch.Tensor
+        float32, shape ``(bsz, num_key_value_heads, n_evicted)``; of no meaning where a value is not finite.
+    """
+    target_position = eviction.survivors.gather(-1, target)
+    evicted_scale, target_scale = scale.gather(-1, eviction.evicted), scale.gather(-1, target_position)
+    larger = torch.maximum(evicted_scale, target_scale)
+    evicted_norm = evicted_scale / larger * norm.gather(-1, eviction.evicted)
+    target_norm = target_scale / larger * norm.gather(-1, target_position)
+    return torch.where(evicted_norm > 0, evicted_norm / (evicted_norm + target_norm), 0.0)
+
+
+def _weighted_means(
+    rows: torch.Tensor,
+    kept_rows: torch.Tensor,
+    eviction: Eviction,
+    weight: torch.Tensor,
+    row: torch.Tensor,
+) -> torch.Tensor:
+    """
+    ``(r_j + sum w_i r_i) / (1 + sum w_i)`` in the slots of the survivors j that take something, the rest untouched.
+
+    Each term is multiplied by its share ``w_i / (1 + sum w)`` before it is added, so that every partial sum stays
+    within the hull of the rows and finite rows give a finite mean.
+
+    Parameters
+    ----------
+    rows : torch.Tensor
+        Keys or values before the eviction, shape ``(bsz, num_key_value_heads, k_len, head_dim)``.
+    kept_rows : torch.Tensor
+        The same after it, shape ``(bsz, num_key_value_heads, n_slots, head_dim)``.
+    eviction : Eviction
+        Which positions survived and which were evicted.
+    weight : torch.Tensor
+        ``w_i``, float32, shape ``(bsz, num_key_value_heads, n_evicted)``.
+    row : torch.Tensor
+        The survivor that each takes part in, or ``n_survivors`` for none, int64, same shape.
+
+    Returns
+    -------
+    torch.Tensor
+        New contiguous tensor like ``kept_rows``.
+    """
+    bsz, num_key_value_heads, n_slots, head_dim = kept_rows.shape
+    # One row more than there are slots: what survivors that take nothing would write goes there.
+    all_slots = kept_rows.new_empty((bsz * num_key_value_heads * n_slots + 1, head_dim))
+    blended = all_slots[:-1].view(kept_rows.shape)
+    blended.copy_(kept_rows)
+
+    bytes_per_head = 4 * (eviction.survivors.shape[-1] + eviction.evicted.shape[-1]) * max(1, head_dim)
+    heads_per_block = max(1, block_bytes(rows.device) // bytes_per_head)
+    for b, heads, n_survivors, n_evicted in head_blocks(eviction, heads_per_block):
+        if n_survivors == 0 or n_evicted == 0:
+            continue
+        # One row more than there are survivors: what merges nowhere goes there.
+        n_heads, n_rows = heads.stop - heads.start, n_survivors + 1
+        first_row = torch.arange(0, n_heads * n_rows, n_rows, device=rows.device)[:, None]
+        to_row = (row[b, heads, :n_evicted].clamp(max=n_survivors) + first_row).view(-1)
+        flat_weight = weight[b, heads, :n_evicted].reshape(-1)
+        total = torch.zeros(n_heads * n_rows, dtype=torch.float32, device=rows.device).index_add_(
+            0, to_row, flat_weight
+        )
+        share = flat_weight / (1 + total[to_row])
+        own_share = 1 / (1 + total).view(n_heads, n_rows, 1)[:, :-1]
+
+        mean = torch.empty(n_heads, n_rows, head_dim, dtype=torch.float32, device=rows.device)
+        survivors = eviction.survivors[b, heads, :n_survivors]
+        torch.mul(gather_rows(rows[b, heads], survivors).float(), own_share, out=mean[:, :-1])
+        evicted = gather_rows(rows[b, heads], eviction.evicted[b, heads, :n_evicted]).float().view(-1, head_dim)
+        mean.view(-1, head_dim).index_add_(0, to_row, evicted.mul_(share[:, None]))
+        # Shares add up to 1 but for rounding, which must not push the largest float32 over the edge.
+        limit = torch.finfo(torch.float32).max
+        mean = mean[:, :-1].clamp_(-limit, limit).to(blended.dtype)
+
+        first_slot = torch.arange(heads.start, heads.stop, device=rows.device)[:, None] + b * num_key_value_heads
+        to_slot = eviction.slots[b, heads, :n_survivors] + first_slot * n_slots
+        takes_nothing = total.view(n_heads, n_rows)[:, :-1] == 0
+        to_slot = to_slot.masked_fill(takes_nothing, len(all_slots) - 1)
+        all_slots.index_copy_(0, to_slot.view(-1), mean.reshape(-1, head_dim))
+    # Detached, since autograd forbids to write into views that were made without it.
+    return blended.detach()
+
+
+def naive_cosine_blend(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kept_keys: torch.Tensor,
+    kept_values: torch.Tensor,
+    eviction: Eviction,
+    *,
+    similarity_threshold: float = 0.0,
+    merge_fraction: float = 1.0,
+    max_merge_per_token: int = 0,
+    value_norm_weighting: bool = True,
+    merge_keys: bool = False,
+) -> Blend:
+    """:func:`cosine_blend` as one would write it down, one evicted position after the other."""
+    similarity, target = naive_nearest_survivors(keys, values.float().isfinite().all(dim=-1), eviction)
+    weight = torch.zeros_like(similarity)
+    keys_after, values_after = kept_keys.clone(), kept_values.clone()
+    for b, heads, n_survivors, n_evicted in head_blocks(eviction, heads_per_block=1):
+        h = heads.start
+        survivors, evicted, slots = eviction.survivors[b, h], eviction.evicted[b, h], eviction.slots[b, h]
+        s, j = similarity[b, h].tolist(), target[b, h].tolist()
+
+        eligible = [i for i in range(n_evicted) if isfinite(s[i]) and similarity[b, h, i] >= similarity_threshold]
+        eligible.sort(key=s.__getitem__, reverse=True)  # stable: the lowest i first on a tie
+        taken: list[list[int]] = [[] for _ in range(n_survivors)]
+        for i in eligible[: round(merge_fraction * len(eligible))]:
+            if max_merge_per_token == 0 or len(taken[j[i]]) < max_merge_per_token:
+                taken[j[i]].append(i)
+                weight[b, h, i] = max(s[i], 0.0)
+                if value_norm_weighting:
+                    pair = values[b, h, [evicted[i], survivors[j[i]]]].double()
+                    evicted_norm, target_norm = pair.norm(dim=-1).tolist()
+                    weight[b, h, i] *= evicted_norm / (evicted_norm + target_norm) if evicted_norm > 0 else 0.0
+
+        for rows, after in ((keys, keys_after), (values, values_after)):
+            for survivor, slot, members in zip(survivors, slots, taken):
+                w = weight[b, h, members]
+                if w.sum() > 0:
+                    share = w / (1 + w.sum())
+                    mean = rows[b, h, survivor] * (1 - share.sum()) + share @ rows[b, h, evicted[members]].float()
+                    after[b, h, slot] = mean.to(after.dtype)
+    return Blend(keys_after if merge_keys else kept_keys, values_after, similarity, weight, target, weight > 0)

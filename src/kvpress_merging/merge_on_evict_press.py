@@ -1,0 +1,484 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""Runs any press, sees which positions it evicted, and folds what they held into the survivors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from kvpress import BasePress, CAMPress, ComposedPress, KVComposePress, ThinKPress
+from kvpress import MergingPress as KVPressMergingPress
+from torch import nn
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import QuantizedLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typing_extensions import Self
+
+from kvpress_merging.cache import Left, OpenLayer, OpenTensors, is_followed, layer_length, open_layer
+from kvpress_merging.eviction import Eviction, masked_positions
+from kvpress_merging.report import MergeReport
+from kvpress_merging.wrapping import PressWrapper, nested_presses
+
+
+@dataclass
+class LayerState:
+    """
+    What is remembered of one attention layer from its prefill until its next one.
+
+    Parameters
+    ----------
+    context_length : int
+        Positions that the prefill left in the cache before any eviction.
+    k_len : int
+        Positions in the cache after the last forward pass that was seen.
+    masked : torch.Tensor, optional
+        Positions that were ever masked, bool, shape ``(bsz, num_key_value_heads, k_len at that time)``; None if none
+        was. Attention overwrites their keys, so they never take anything in.
+    stale_masks : object, optional
+        ``module.masked_key_indices`` of an earlier prefill. kvpress's attention functions forget it when they prefill,
+        but not the model's own eager one.
+    """
+
+    context_length: int
+    k_len: int
+    masked: torch.Tensor | None = None
+    stale_masks: Any = None
+
+    def masks_of(self, module: nn.Module) -> Any:
+        """What ``module.masked_key_indices`` says of the present cache."""
+        masks = getattr(module, "masked_key_indices", None)
+        return None if masks is self.stale_masks else masks
+
+
+@dataclass
+class MergeOnEvictPress(PressWrapper):
+    """
+    Base of presses that merge what another press evicts.
+
+    The inner press runs unchanged. What it evicted is seen from what it did, not from its class: a shorter cache
+    (``tracing.py``) or newly masked positions, in its forward hook, in its ``compress``, or when its context exits.
+    Then ``fold`` gives the survivors' new keys and values. A subclass is a dataclass with a ``fold``.
+
+    Parameters
+    ----------
+    press : BasePress
+        The press whose evictions are merged.
+
+    Raises
+    ------
+    TypeError
+        If ``press`` is not a press, merges already (anywhere inside), or evicts no positions.
+    """
+
+    # Not fields: they are no part of a press's configuration.
+    _report: ClassVar[MergeReport]
+    _states: ClassVar[WeakKeyDictionary[nn.Module, LayerState]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        object.__setattr__(self, "_report", MergeReport())
+        object.__setattr__(self, "_states", WeakKeyDictionary())
+        return self
+
+    @property
+    def report(self) -> MergeReport:
+        """What was merged since each layer's last prefill."""
+        return self._report
+
+    def fold(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        kept_keys: torch.Tensor,
+        kept_values: torch.Tensor,
+        eviction: Eviction,
+        kwargs: dict,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Fold what was evicted into the survivors: the one method that a merge rule has to write.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The attention layer.
+        hidden_states : torch.Tensor or None
+            Its input, shape ``(bsz, q_len, hidden_dim)``; None for an eviction after the forward pass.
+        keys, values : torch.Tensor
+            The whole layer before the eviction, shape ``(bsz, num_key_value_heads, k_len, head_dim)``. Not to be
+            written.
+        kept_keys, kept_values : torch.Tensor
+            What the bare press left, shape ``(bsz, num_key_value_heads, n_slots, head_dim)``. Not to be written.
+        eviction : Eviction
+            Which positions survived, in which slots, and which were evicted. At least one was.
+        kwargs : dict
+            Keyword arguments of the layer's forward pass; empty for an eviction after it.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Keys and values in the order, shape, dtype and device of ``kept_keys`` and ``kept_values``. An unchanged
+            one is returned as it came: then it is not written (nor quantized) again.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement fold")
+
+    def _check_field(self, name: str, value: Any) -> None:
+        if name != "press":
+            return
+        own = type(self).__name__
+        if not isinstance(value, BasePress):
+            hint = f"; pass an instance, {value.__name__}(...)" if isinstance(value, type) else ""
+            raise TypeError(f"press must be a kvpress BasePress, got {value!r}{hint}")
+        for press in nested_presses(value):
+            if isinstance(press, (MergeOnEvictPress, KVPressMergingPress, CAMPress)):
+                raise TypeError(
+                    f"{type(press).__name__} already merges what it evicts: give {own} the press inside it, "
+                    f"or use {type(press).__name__} alone"
+                )
+        if _evicts_no_positions(value):
+            raise TypeError(
+                f"{type(value).__name__} prunes key channels and evicts no positions, so there is nothing to merge: "
+                f"combine it with a press that does, ComposedPress([{own}(...), ThinKPress(...)])"
+            )
+
+    # Where a press evicts: in its forward hook, in compress, or when its context exits.
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Generator[None, None, None]:
+        """
+        Context manager: apply the inner press to ``model``, and merge what it evicts.
+
+        If anything inside raises, what the press would do on leaving the context is undone, the model is left as it
+        was, and the exception surfaces as it was raised.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            The model that the press works on.
+        """
+        attn_implementation = model.config._attn_implementation
+        earlier_hooks = {module: set(module._forward_hooks) for module in _attention_modules(model)}
+        seen: dict[nn.Module, Cache] = {}
+        handles: list[Any] = []
+        inner = self.press(model)
+        inner.__enter__()
+        try:
+            for module in _attention_modules(model):
+                self._follow_new_hooks(module, earlier_hooks.get(module, set()))
+                handles.append(module.register_forward_pre_hook(self._check_forward, with_kwargs=True))
+                # Runs before the inner press's hook, which may shrink the layer or fail.
+                handles.append(
+                    module.register_forward_hook(
+                        lambda module, args, kwargs, output: self._observe(module, kwargs, seen),
+                        with_kwargs=True,
+                        prepend=True,
+                    )
+                )
+            yield
+        except BaseException:
+            _remove(handles)
+            is_swallowed = False
+            with _unchanged(seen), suppress(BaseException):
+                is_swallowed = inner.__exit__(*sys.exc_info())
+            model.config._attn_implementation = attn_implementation
+            if not is_swallowed:
+                raise
+            return
+        _remove(handles)
+        self._exit(inner, seen)
+
+    def forward_hook(self, module: nn.Module, input: list[torch.Tensor], kwargs: dict, output: list) -> Any:
+        """Run the inner press's forward hook and merge what it evicted: for presses that call an inner press's hook."""
+        self._observe(module, kwargs, {})
+        return self._followed(self.press.forward_hook)(module, input, kwargs, output)
+
+    def compress(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor,
+        kwargs: dict,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the inner press's ``compress`` and merge what it evicted: for presses that call their inner press's."""
+        layer = OpenTensors(keys, values)
+        if module not in self._states or hidden_states.shape[1] == keys.shape[2]:
+            self._start(module, keys.shape[2])
+
+        def run() -> None:
+            layer.result = self.press.compress(
+                module, hidden_states, layer.traced_keys, layer.traced_values, attentions, kwargs
+            )
+
+        self._run(run, module, layer, hidden_states, kwargs)
+        return layer.result
+
+    def _follow_new_hooks(self, module: nn.Module, earlier: set[int]) -> None:
+        """Replace the hooks that the inner press has just put on ``module`` by ones that follow what they do."""
+        for hook_id, hook in module._forward_hooks.items():
+            if hook_id not in earlier:
+                takes_kwargs = hook_id in module._forward_hooks_with_kwargs
+                module._forward_hooks[hook_id] = self._followed(hook if takes_kwargs else _dropping_kwargs(hook))
+                module._forward_hooks_with_kwargs[hook_id] = True
+
+    def _followed(self, hook: Callable) -> Callable:
+        def followed_hook(module: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            if cache is None or getattr(module, "is_sliding", False) or not is_followed(cache.layers[module.layer_idx]):
+                return hook(module, args, kwargs, output)
+
+            result = output
+
+            def run() -> None:
+                nonlocal result
+                result = hook(module, args, kwargs, output)
+
+            layer = open_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+            self._run(run, module, layer, kwargs.get("hidden_states"), kwargs)
+            self._states[module].k_len = layer_length(cache.layers[module.layer_idx])
+            return result
+
+        return followed_hook
+
+    def _run(
+        self, run: Callable, module: nn.Module, layer: OpenLayer, hidden_states: torch.Tensor | None, kwargs: dict
+    ) -> None:
+        """Let the inner press work on an open layer and merge, or put everything back."""
+        masked_before = getattr(module, "masked_key_indices", None)
+        ratios = _own_compression_ratios(self.press)
+        try:
+            run()
+            self._merge(module, layer, masked_before, hidden_states, kwargs, limit=None)
+        except BaseException:
+            layer.restore()
+            if getattr(module, "masked_key_indices", None) is not masked_before:
+                module.masked_key_indices = masked_before  # type: ignore[assignment]
+            for press, ratio in ratios:
+                press.compression_ratio = ratio
+            raise
+
+    def _exit(self, inner: Any, seen: dict[nn.Module, Cache]) -> None:
+        """Leave the inner press's context, in which it may evict, and merge what it evicted then."""
+        masked_before = {module: getattr(module, "masked_key_indices", None) for module in seen}
+        opened: list[tuple[nn.Module, OpenLayer]] = []
+        handles = []
+        try:
+            for module, cache in seen.items():
+                layer = open_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+                opened.append((module, layer))
+                # The press may run the model to score: that is none of our business. From then on it works on plain
+                # tensors, and what it evicts is seen from its masks.
+                handles.append(module.register_forward_pre_hook(lambda module, args, layer=layer: layer.close()))
+            try:
+                inner.__exit__(None, None, None)
+            finally:
+                _remove(handles)
+            for (module, layer), cache in zip(tuple(opened), seen.values()):
+                context_length = self._states[module].context_length
+                if layer.is_closed:
+                    layer = open_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+                    opened.append((module, layer))
+                    if layer.lengths()[0] < min(context_length, self._states[module].k_len):
+                        raise _not_followed(self.press)
+                self._merge(module, layer, masked_before[module], None, {}, limit=context_length)
+        except BaseException:
+            for module, layer in reversed(opened):  # what was opened first knows the layer as it was
+                layer.restore()
+                module.masked_key_indices = masked_before[module]  # type: ignore[assignment]
+            raise
+
+    # What is remembered between forward passes.
+
+    def _start(self, module: nn.Module, k_len: int) -> None:
+        self._states[module] = LayerState(context_length=k_len, k_len=k_len)
+        self.report.start(int(module.layer_idx))  # type: ignore[arg-type]
+
+    def _observe(self, module: nn.Module, kwargs: dict, seen: dict[nn.Module, Cache]) -> None:
+        """Note a forward pass of ``module``, after its attention and before the inner press."""
+        cache = kwargs.get("past_key_values")
+        if cache is None or getattr(module, "is_sliding", False) or not is_followed(cache.layers[module.layer_idx]):
+            return
+        k_len = layer_length(cache.layers[module.layer_idx])
+        if k_len == kwargs["hidden_states"].shape[1]:  # as kvpress's is_prefilling, without reading from the device
+            _refuse_what_the_press_gets_wrong(self.press, cache, kwargs["hidden_states"].shape[0])
+            self._start(module, k_len)
+            if module.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:  # type: ignore[union-attr]
+                self._states[module].stale_masks = getattr(module, "masked_key_indices", None)
+        elif module not in self._states:
+            self._start(module, k_len)
+        self._states[module].k_len = k_len
+        seen[module] = cache
+
+    def _check_forward(self, module: nn.Module, args: Any, kwargs: dict) -> None:
+        """Refuse to go on with a cache that was cut back under masks that reach beyond it."""
+        cache, state = kwargs.get("past_key_values"), self._states.get(module)
+        if cache is None or state is None or int(module.layer_idx) >= len(cache.layers):  # type: ignore[arg-type]
+            return
+        masked = state.masks_of(module)
+        if masked is None:
+            return
+        k_len = layer_length(cache.layers[module.layer_idx])
+        if not 0 < k_len < state.k_len or len(masked[-1]) == 0:
+            return
+        k_len += kwargs["hidden_states"].shape[1]
+        if int(masked[-1].max()) >= k_len:
+            raise ValueError(
+                f"{type(self.press).__name__} masked positions while decoding, and the cache was then cut back to "
+                f"{k_len} positions, short of them: ask one question per prefill"
+            )
+
+    # From what the press did to one merge.
+
+    def _merge(
+        self,
+        module: nn.Module,
+        layer: OpenLayer,
+        masked_before: Any,
+        hidden_states: torch.Tensor | None,
+        kwargs: dict,
+        limit: int | None,
+    ) -> None:
+        """Commit what the press left, with the survivors of a new eviction merged into."""
+        state = self._states[module]
+        masked_before = None if masked_before is state.stale_masks else masked_before
+        masked_after = state.masks_of(module)
+        k_len, n_slots = layer.lengths()
+        newly_masked = masked_after is not None and masked_after is not masked_before
+        if n_slots >= k_len and not newly_masked:
+            layer.commit()
+            return
+
+        left = layer.left()
+        if n_slots < k_len and left.positions is None:
+            raise _not_followed(self.press)
+        eviction = self._find_eviction(state, left, k_len, masked_before, masked_after, limit)
+        self.report.record(int(module.layer_idx), eviction)  # type: ignore[arg-type]
+        if eviction.n_evicted == 0:
+            layer.commit()
+            return
+        new_keys, new_values = self.fold(
+            module, hidden_states, *layer.before(), left.keys, left.values, eviction, kwargs
+        )
+        _check_folded(self, new_keys, left.keys)
+        _check_folded(self, new_values, left.values)
+        layer.commit(
+            None if new_keys is left.keys else new_keys,
+            None if new_values is left.values else new_values,
+        )
+
+    def _find_eviction(
+        self, state: LayerState, left: Left, k_len: int, masked_before: Any, masked_after: Any, limit: int | None
+    ) -> Eviction:
+        bsz, num_key_value_heads, n_slots, _ = left.values.shape
+        has_masks = masked_after is not None or state.masked is not None
+        if not has_masks and not left.has_foreign_rows and (limit is None or limit >= k_len):
+            assert left.positions is not None
+            eviction = Eviction.from_kept(left.positions, k_len)
+            return replace(eviction, keys_rewritten=left.keys_rewritten)
+
+        device = left.values.device
+        shape = (bsz, num_key_value_heads, k_len)
+        masked_earlier = masked_positions(masked_before, shape, device)
+        if state.masked is not None:
+            n_known = min(state.masked.shape[-1], k_len)
+            masked_earlier[..., :n_known] |= state.masked[..., :n_known]
+        slots_masked = masked_positions(masked_after, (bsz, num_key_value_heads, n_slots), device)
+
+        slot_of = None
+        if n_slots < k_len:
+            assert left.positions is not None
+            # One column more for slots that hold no position of the cache.
+            column = torch.where(left.positions >= 0, left.positions, k_len)
+            slots = torch.arange(n_slots, device=device).expand_as(column)
+            scratch = torch.zeros(bsz, num_key_value_heads, k_len + 1, dtype=torch.int64, device=device)
+            slot_of = scratch.scatter(-1, column, slots)[..., :k_len]
+            is_kept = scratch.bool().scatter(-1, column, True)[..., :k_len]
+            masked_now = scratch.bool().scatter(-1, column, slots_masked)[..., :k_len]
+            state.masked = torch.cat([masked_earlier | masked_now, scratch[..., :1].bool()], dim=-1).gather(-1, column)
+        else:
+            is_kept = torch.ones(shape, dtype=torch.bool, device=device)
+            masked_now = slots_masked[..., :k_len]
+            state.masked = masked_earlier | masked_now
+
+        is_context = torch.arange(k_len, device=device) < (k_len if limit is None else limit)
+        is_survivor = is_kept & ~masked_now & ~masked_earlier & is_context
+        is_evicted = ~(is_kept & ~masked_now) & ~masked_earlier & is_context
+        return replace(Eviction.from_masks(is_survivor, is_evicted, slot_of), keys_rewritten=left.keys_rewritten)
+
+
+def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention layers, where kvpress finds them."""
+    base = getattr(model, "model", model)
+    language_model = getattr(base, "language_model", base)
+    return [layer.self_attn for layer in getattr(language_model, "layers", ())]
+
+
+def _evicts_no_positions(press: BasePress) -> bool:
+    if isinstance(press, ComposedPress):
+        return all(_evicts_no_positions(child) for child in press.presses)
+    return isinstance(press, ThinKPress)
+
+
+def _refuse_what_the_press_gets_wrong(press: BasePress, cache: Cache, bsz: int) -> None:
+    if not isinstance(press, KVComposePress):
+        return
+    if any(isinstance(layer, QuantizedLayer) for layer in cache.layers):
+        raise ValueError("KVComposePress cannot compress a QuantizedCache: use a DynamicCache")
+    if bsz > 1:
+        raise ValueError(f"KVComposePress scores one sequence at a time, got a batch of {bsz}: prefill them one by one")
+
+
+def _not_followed(press: BasePress) -> ValueError:
+    return ValueError(
+        f"{type(press).__name__} shortened the cache in a way that does not show which positions it kept, so what it "
+        "evicted cannot be merged: let it pick survivors by indexing, slicing, gathering or concatenating the keys and "
+        "values that it is given, or use it without merging. The cache was left as it was."
+    )
+
+
+def _check_folded(press: MergeOnEvictPress, new: torch.Tensor, kept: torch.Tensor) -> None:
+    for name in ("shape", "dtype", "device"):
+        if getattr(new, name) != getattr(kept, name):
+            raise ValueError(
+                f"{type(press).__name__}.fold must return tensors of the survivors' {name}, {getattr(kept, name)}, "
+                f"got {getattr(new, name)}"
+            )
+
+
+def _own_compression_ratios(press: BasePress) -> list[tuple[BasePress, Any]]:
+    """The ratios that presses set on those inside them for one call, and would leave so if it fails."""
+    return [
+        (inner, vars(inner)["compression_ratio"])
+        for inner in nested_presses(press)
+        if "compression_ratio" in vars(inner)
+    ]
+
+
+def _dropping_kwargs(hook: Callable) -> Callable:
+    return lambda module, args, kwargs, output: hook(module, args, output)
+
+
+def _remove(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def _unchanged(seen: dict[nn.Module, Cache]) -> Generator[None, None, None]:
+    """Undo what is done inside to the caches and masks of these layers."""
+    masked_before = {module: getattr(module, "masked_key_indices", None) for module in seen}
+    layers = [(module, open_layer(cache, module.layer_idx)) for module, cache in seen.items()]  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for module, layer in layers:
+            layer.restore()
+            module.masked_key_indices = masked_before[module]  # type: ignore[assignment]

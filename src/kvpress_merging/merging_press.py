@@ -1,0 +1,153 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""MergingPress: blend what a press evicts into the survivors with the most similar keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from kvpress import BasePress, FinchPress, KeyRerotationPress
+from torch import nn
+
+from kvpress_merging.eviction import Eviction
+from kvpress_merging.kernels.blend import cosine_blend
+from kvpress_merging.kernels.nearest import DEFAULT_TILE_BYTES, KERNELS
+from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
+
+
+@dataclass
+class MergingPress(MergeOnEvictPress):
+    """
+    Merge on evict: before a press throws a position away, blend its value into the survivor whose key is most similar.
+
+    For each evicted position ``i`` and its most cosine-similar survivor ``j`` in the same head, with
+    ``w_i = max(cos(k_i, k_j), 0)``, times ``|v_i| / (|v_i| + |v_j|)`` by default::
+
+        v'_j = (v_j + sum_i w_i v_i) / (1 + sum_i w_i)
+
+    Keys stay as they are, so that RoPE stays right. Which positions survive is the inner press's choice alone.
+
+    The idea of merging instead of evicting is that of Token Merging (https://arxiv.org/abs/2210.09461), for KV caches
+    that of CaM (https://openreview.net/forum?id=LCTmppB165) and D2O (https://arxiv.org/abs/2406.13035).
+
+    Parameters
+    ----------
+    press : BasePress
+        The press whose evictions are merged: any press that evicts positions.
+    similarity_threshold : float, default=0.0
+        Least cosine similarity for a merge, in [0, 1].
+    merge_keys : bool, default=False
+        Blend keys too. Blended keys have no one position, which breaks RoPE: off by default.
+    value_norm_weighting : bool, default=True
+        Scale a merge by the evicted value's share of both norms.
+    max_merge_per_token : int, default=0
+        Most evicted positions that one survivor takes, the most similar first; 0 is no limit.
+    merge_fraction : float, default=1.0
+        Share of the evicted positions that pass the threshold that is merged, the most similar first, in (0, 1].
+    tile_bytes : int, keyword-only
+        Memory budget of the search for the most similar survivor, in bytes per tile of similarities.
+    kernel : str, keyword-only, default="auto"
+        Which implementation searches: ``"auto"`` or ``"torch"``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a field has a wrong type or value, at construction and when it is set.
+
+    Examples
+    --------
+    >>> from kvpress import KnormPress
+    >>> from kvpress_merging import MergingPress
+    >>> MergingPress(KnormPress(0.5), similarity_threshold=0.3)
+    MergingPress(press=KnormPress(compression_ratio=0.5), similarity_threshold=0.3, merge_keys=False, \
+value_norm_weighting=True, max_merge_per_token=0, merge_fraction=1.0)
+    """
+
+    similarity_threshold: float = 0.0
+    merge_keys: bool = False
+    value_norm_weighting: bool = True
+    max_merge_per_token: int = 0
+    merge_fraction: float = 1.0
+    tile_bytes: int = field(default=DEFAULT_TILE_BYTES, kw_only=True, repr=False)
+    kernel: str = field(default="auto", kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.merge_keys and _rotates_keys(self.press):
+            raise ValueError(_rotated_keys_message(self.press))
+
+    def _check_field(self, name: str, value: Any) -> None:
+        super()._check_field(name, value)
+        if name in ("similarity_threshold", "merge_fraction"):
+            _check_number(name, value)
+            if name == "similarity_threshold" and not 0 <= value <= 1:
+                raise ValueError(f"similarity_threshold must be in [0, 1], got {value!r}")
+            if name == "merge_fraction" and not 0 < value <= 1:
+                raise ValueError(f"merge_fraction must be in (0, 1], got {value!r}")
+        elif name in ("merge_keys", "value_norm_weighting"):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        elif name in ("max_merge_per_token", "tile_bytes"):
+            least = 0 if name == "max_merge_per_token" else 1
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        elif name == "kernel" and value not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {value!r}")
+
+    def fold(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        kept_keys: torch.Tensor,
+        kept_values: torch.Tensor,
+        eviction: Eviction,
+        kwargs: dict,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blend; see the class. Similarities are those of ``keys``, also where the press rotated the survivors'
+        anew."""
+        if self.merge_keys and eviction.keys_rewritten:
+            raise ValueError(_rotated_keys_message(self.press))
+        blend = cosine_blend(
+            keys,
+            values,
+            kept_keys,
+            kept_values,
+            eviction,
+            similarity_threshold=self.similarity_threshold,
+            merge_fraction=self.merge_fraction,
+            max_merge_per_token=self.max_merge_per_token,
+            value_norm_weighting=self.value_norm_weighting,
+            merge_keys=self.merge_keys,
+            tile_bytes=self.tile_bytes,
+            kernel=self.kernel,
+        )
+        self.report.record_merges(
+            int(module.layer_idx),  # type: ignore[arg-type]
+            blend.similarity,
+            blend.weight,
+            blend.target,
+            eviction.survivors.shape[-1],
+        )
+        return blend.keys, blend.values
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _rotates_keys(press: BasePress) -> bool:
+    return isinstance(press, KeyRerotationPress) or (isinstance(press, FinchPress) and press.rerotate_keys)
+
+
+def _rotated_keys_message(press: BasePress) -> str:
+    return (
+        f"merge_keys=True cannot be used with {type(press).__name__}, which writes new keys for the survivors: "
+        "blending in the old ones would undo that; use merge_keys=False"
+    )

@@ -1,0 +1,140 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""Layers and evictions for the tests of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+from kvpress_merging.eviction import Eviction
+
+SPECIAL_ROWS = ("zero", "nan", "inf", "-inf", "huge", "subnormal", "one_nan")
+TILE_BYTES = (1, 3000, 40_000, 10**9)
+
+
+@dataclass
+class Layer:
+    """A cache layer before and after an eviction."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    kept_keys: torch.Tensor
+    kept_values: torch.Tensor
+    eviction: Eviction
+
+
+def heads_of(eviction: Eviction) -> Iterator[tuple[int, int, list[int], list[int], list[int]]]:
+    """Batch row, head, survivors, their slots and evicted positions, without padding."""
+    bsz, num_key_value_heads, n_survivors = eviction.survivors.shape
+    counts = eviction.counts or ((n_survivors, eviction.evicted.shape[-1]),) * (bsz * num_key_value_heads)
+    for row, (n_kept, n_gone) in enumerate(counts):
+        b, h = divmod(row, num_key_value_heads)
+        yield (
+            b,
+            h,
+            eviction.survivors[b, h, :n_kept].tolist(),
+            eviction.slots[b, h, :n_kept].tolist(),
+            eviction.evicted[b, h, :n_gone].tolist(),
+        )
+
+
+def shrunk(keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor) -> Layer:
+    """What a press leaves that keeps ``kept``, in that order, in every head."""
+
+    def gather(rows: torch.Tensor) -> torch.Tensor:
+        return rows.gather(2, kept[..., None].expand(-1, -1, -1, rows.shape[-1]))
+
+    return Layer(keys, values, gather(keys), gather(values), Eviction.from_kept(kept, keys.shape[2]))
+
+
+def masked(keys: torch.Tensor, values: torch.Tensor, is_survivor: torch.Tensor, is_evicted: torch.Tensor) -> Layer:
+    """What a press leaves that only masks: the whole layer."""
+    return Layer(keys, values, keys, values, Eviction.from_masks(is_survivor, is_evicted))
+
+
+def random_rows(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_kept(bsz: int, heads: int, k_len: int, n_kept: int, seed: int) -> torch.Tensor:
+    scores = torch.rand(bsz, heads, k_len, generator=torch.Generator().manual_seed(seed))
+    return scores.argsort(dim=-1)[..., :n_kept]
+
+
+def random_masks(
+    bsz: int, heads: int, k_len: int, n_kept: int, seed: int, is_even: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Survivors and evicted positions, with some positions that are neither."""
+    scores = torch.rand(bsz, heads, k_len, generator=torch.Generator().manual_seed(seed))
+    if is_even:
+        rank = scores.argsort(dim=-1).argsort(dim=-1)
+        return rank < n_kept, rank >= min(n_kept + 1, k_len)
+    is_survivor = scores < n_kept / k_len
+    return is_survivor, ~is_survivor & (scores > (n_kept + 1) / k_len)
+
+
+def random_layer(
+    bsz: int,
+    heads: int,
+    k_len: int,
+    n_kept: int,
+    *,
+    head_dim: int = 8,
+    value_dim: int | None = None,
+    kind: str = "shrunk",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Layer:
+    """``kind`` is ``"shrunk"``, ``"masked"`` (even) or ``"ragged"``."""
+    keys = random_rows(bsz, heads, k_len, head_dim, seed=seed, dtype=dtype)
+    values = random_rows(bsz, heads, k_len, head_dim if value_dim is None else value_dim, seed=seed + 1, dtype=dtype)
+    return evict(keys, values, n_kept, kind, seed)
+
+
+def evict(keys: torch.Tensor, values: torch.Tensor, n_kept: int, kind: str, seed: int) -> Layer:
+    bsz, heads, k_len, _ = keys.shape
+    if kind == "shrunk":
+        return shrunk(keys, values, random_kept(bsz, heads, k_len, n_kept, seed))
+    return masked(keys, values, *random_masks(bsz, heads, k_len, n_kept, seed, is_even=kind == "masked"))
+
+
+def put_special_row(rows: torch.Tensor, b: int, h: int, position: int, name: str) -> None:
+    """Overwrite one row in place. Huge and subnormal ones are so in the dtype of ``rows``."""
+    row = rows[b, h, position]
+    limits = torch.finfo(rows.dtype)
+    if name == "zero":
+        row.zero_()
+    elif name == "one_nan":
+        row[-1] = torch.nan
+    elif name == "huge":
+        row.copy_(row.sign() * (limits.max * 0.9))
+    elif name == "subnormal":
+        row.copy_(row.sign() * (limits.smallest_normal / 4))
+    else:
+        row.fill_(float(name))
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> Layer:
+    """Small layers of every kind, with repeated keys and with rows that float arithmetic stumbles over."""
+    bsz, heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    k_len = draw(st.integers(1, 45))
+    n_kept = draw(st.integers(0, k_len))
+    head_dim, value_dim = draw(st.sampled_from([1, 3, 8, 17])), draw(st.sampled_from([1, 4, 9]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    kind = draw(st.sampled_from(["shrunk", "masked", "ragged"]))
+    seed = draw(st.integers(0, 10_000))
+
+    keys = random_rows(bsz, heads, k_len, head_dim, seed=seed, dtype=dtype)
+    values = random_rows(bsz, heads, k_len, value_dim, seed=seed + 1, dtype=dtype)
+    somewhere = st.tuples(st.integers(0, bsz - 1), st.integers(0, heads - 1), st.integers(0, k_len - 1))
+    for b, h, position in draw(st.lists(somewhere, max_size=6)):
+        keys[b, h, position] = keys[b, h, draw(st.integers(0, k_len - 1))]
+    for rows in (keys, values):
+        for b, h, position in draw(st.lists(somewhere, max_size=5)):
+            put_special_row(rows, b, h, position, draw(st.sampled_from(SPECIAL_ROWS)))
+    return evict(keys, values, n_kept, kind, seed)

@@ -1,0 +1,70 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every model family that kvpress supports, with grouped, single and separate KV heads."""
+
+import pytest
+import torch
+from every_press import CASES
+from kvpress import ExpectedAttentionPress, KnormPress
+from replay import Layer, assert_merged, attention_modules, run
+from tiny import tiny_model
+
+from kvpress_merging import MergingPress
+
+FAMILIES = ["llama", "mistral", "phi3", "qwen2", "qwen3", "gemma3_text", "gemma3"]
+PRESSES = ["Knorm", "SnapKV", "ExpectedAttention", "TOVA", "KeyRerotation", "AdaKV", "DMS", "Composed", "Cap"]
+# What bare kvpress 0.5.5 cannot do with transformers 5.2: Gemma3's rotary embedding wants to know the kind of layer.
+FAILS_ON_GEMMA3 = {"ExpectedAttention", "KeyRerotation", "Cap"}
+FAILS_IN_EAGER = {"AdaKV", "DMS"}
+
+
+def input_ids_for(model) -> torch.Tensor:
+    return torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :96] + 10
+
+
+def without_sliding(model, layers: list[Layer]) -> list[Layer]:
+    return [
+        layer for layer, module in zip(layers, attention_modules(model)) if not getattr(module, "is_sliding", False)
+    ]
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", PRESSES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_merged_wherever_the_bare_press_runs(family, name, attn_implementation):
+    model = tiny_model(family)
+    model.set_attn_implementation(attn_implementation)
+    input_ids = input_ids_for(model)
+    fails = (name in FAILS_ON_GEMMA3 and family.startswith("gemma3")) or (
+        name in FAILS_IN_EAGER and attn_implementation == "eager"
+    )
+    if fails:
+        with pytest.raises(Exception) as bare_error:
+            run(model, CASES[name].make(), input_ids)
+        with pytest.raises(type(bare_error.value)) as error:
+            run(model, MergingPress(CASES[name].make()), input_ids)
+        assert str(error.value) == str(bare_error.value)
+        return
+    full = run(model, None, input_ids)
+    bare = run(model, CASES[name].make(), input_ids)
+    press = MergingPress(CASES[name].make())
+    merged = run(model, press, input_ids)
+    n_merged = assert_merged(*(without_sliding(model, layers) for layers in (full, bare, merged)))
+    assert n_merged > 0
+    for module, layer_bare, layer in zip(attention_modules(model), bare, merged):
+        if getattr(module, "is_sliding", False):
+            assert torch.equal(layer.keys, layer_bare.keys)
+            assert torch.equal(layer.values, layer_bare.values)
+            assert module.layer_idx not in press.report.to_dict()
+
+
+@pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
+@pytest.mark.parametrize("bsz", [1, 3])
+def test_grouped_single_and_separate_kv_heads(num_key_value_heads, bsz):
+    model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=num_key_value_heads)
+    generator = torch.Generator().manual_seed(3)
+    input_ids = torch.stack([torch.randperm(240, generator=generator)[:96] + 10 for _ in range(bsz)])
+    full = run(model, None, input_ids)
+    for make in (lambda: KnormPress(0.5), lambda: ExpectedAttentionPress(0.3), CASES["AdaKV"].make):
+        bare, merged = run(model, make(), input_ids), run(model, MergingPress(make()), input_ids)
+        assert assert_merged(full, bare, merged) > 0

@@ -1,0 +1,225 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""An exception surfaces as it was raised, and leaves model, press and cache as they were."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from every_press import CASES
+from kvpress import AdaKVPress, KnormPress, PerLayerCompressionPress, ScorerPress
+from replay import assert_merged, attention_modules, clear_masks, run
+from tiny import tiny_checkpoint
+from transformers import DynamicCache
+
+from kvpress_merging import MergingPress
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    model, _ = tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def input_ids():
+    return torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :96] + 10
+
+
+def tracks_of(model) -> dict:
+    """What a press may leave behind on a model."""
+    tracks: dict = {"attn_implementation": model.config._attn_implementation, "attributes": set(vars(model))}
+    for name, module in model.named_modules():
+        tracks[name] = (
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            "forward" in vars(module),
+            len(module._forward_hooks_with_kwargs),
+        )
+    return tracks
+
+
+AT_PREFILL = [name for name, case in CASES.items() if case.moment != "decoding" and not case.needs.startswith("delim")]
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["in the model", "after the prefill"])
+@pytest.mark.parametrize("name", AT_PREFILL)
+def test_an_exception_inside_the_context_leaves_everything_as_it_was(name, where, error, llama, input_ids):
+    case = CASES[name]
+    model = copy.deepcopy(llama) if "own model" in case.needs else llama
+    press = MergingPress(case.make())
+    model.set_attn_implementation(case.attn_implementation)
+    run(model, press, input_ids)  # what a press adds to a model for good (adapters) is not ours
+    clear_masks(model)
+    before = tracks_of(model)
+    full = run(model, None, input_ids)
+    cache = DynamicCache()
+
+    def fail(module, args):
+        raise error("now")
+
+    handle = model.model.layers[2].mlp.register_forward_pre_hook(fail) if where == "in the model" else None
+    with pytest.raises(error, match="now"), torch.no_grad(), press(model):
+        model.model(input_ids=input_ids, past_key_values=cache)
+        raise error("now")
+    if handle:
+        handle.remove()
+    assert tracks_of(model) == before
+    assert all(type(layer.keys) is type(layer.values) is torch.Tensor for layer in cache.layers if layer.is_initialized)
+    if case.moment == "exit" and where == "after the prefill" and not name.startswith("KVCompose"):
+        for layer, layer_full in zip(cache.layers, full):
+            assert torch.equal(layer.keys, layer_full.keys)
+            assert torch.equal(layer.values, layer_full.values)
+    # and the next use is as if nothing had been
+    if not name.startswith(("KVCompose", "RestoreKV")):
+        again = run(model, press, input_ids)
+        fresh = run(model, MergingPress(case.make()), input_ids)
+        for layer, layer_fresh in zip(again, fresh):
+            assert torch.equal(layer.values, layer_fresh.values)
+
+
+class FailingPress(ScorerPress):
+    """Fails in one layer, after it has changed what it was given."""
+
+    def score(self, module, hidden_states, keys, values, attentions, kwargs):
+        if module.layer_idx == 2:
+            values.mul_(3)
+            raise Stop("score")
+        return keys.norm(dim=-1)
+
+
+@pytest.mark.parametrize("wrap", [lambda press: press, AdaKVPress, lambda p: PerLayerCompressionPress(p, [0.5] * 4)])
+def test_a_layer_whose_press_fails_is_put_back(wrap, llama, input_ids):
+    full = run(llama, None, input_ids)
+    cache = DynamicCache()
+    scorer = FailingPress(0.25)
+    with pytest.raises(Stop, match="score"):
+        run(llama, MergingPress(wrap(scorer)), input_ids, cache=cache)
+    assert torch.equal(cache.layers[2].values, full[2].values)
+    assert torch.equal(cache.layers[2].keys, full[2].keys)
+    assert scorer.compression_ratio == 0.25
+
+
+def test_a_fold_that_fails_puts_the_layer_back(llama, input_ids, monkeypatch):
+    def fail(self, module, *args):
+        if module.layer_idx == 1:
+            raise Stop("fold")
+        return original(self, module, *args)
+
+    original = MergingPress.fold
+    monkeypatch.setattr(MergingPress, "fold", fail)
+    full = run(llama, None, input_ids)
+    for name in ("Knorm", "AdaKV", "KVCompose", "KVzip"):
+        cache = DynamicCache()
+        clear_masks(llama)
+        before = tracks_of(llama)
+        with pytest.raises(Stop, match="fold"):
+            run(llama, MergingPress(CASES[name].make()), input_ids, cache=cache)
+        assert tracks_of(llama) == before
+        if name == "KVCompose":
+            continue  # it prefills in eager attention, and leaves its replay in the cache
+        assert torch.equal(cache.layers[1].values, full[1].values)
+        assert getattr(llama.model.layers[1].self_attn, "masked_key_indices", None) is None
+
+
+def test_a_press_writing_into_its_input_does_not_change_what_is_merged(llama, input_ids):
+    class Doubling(ScorerPress):
+        def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+            keys, values = super().compress(module, hidden_states, keys, values.mul_(1.0), attentions, kwargs)
+            return keys, values
+
+        def score(self, module, hidden_states, keys, values, attentions, kwargs):
+            keys.add_(1.0).sub_(1.0)
+            return -keys.norm(dim=-1)
+
+    full, bare = run(llama, None, input_ids), run(llama, Doubling(0.5), input_ids)
+    merged = run(llama, MergingPress(Doubling(0.5)), input_ids)
+    assert assert_merged(full, bare, merged) > 0
+
+
+def test_two_presses_nested_evict_and_merge_one_after_the_other(llama, input_ids):
+    full = run(llama, None, input_ids)
+    first = run(llama, MergingPress(KnormPress(0.5)), input_ids)
+    clear_masks(llama)
+    cache = DynamicCache()
+    with torch.no_grad(), MergingPress(KnormPress(0.5))(llama), MergingPress(KnormPress(0.25))(llama):
+        llama.model(input_ids=input_ids, past_key_values=cache)
+    for layer, layer_first, layer_full in zip(cache.layers, first, full):
+        assert layer.keys.shape[2] == int(layer_first.keys.shape[2] * 0.75)
+        norms = layer_first.keys.norm(dim=-1)
+        expected = norms.neg().topk(layer.keys.shape[2], dim=-1).indices
+        index = expected[..., None].expand_as(layer.keys)
+        assert torch.equal(layer.keys, layer_first.keys.gather(2, index))
+        assert not torch.equal(layer.values, layer_first.values.gather(2, index))
+        assert layer_full.keys.shape[2] == 96
+
+
+def test_one_press_on_two_models(llama, input_ids):
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.v_proj.weight.mul_(2)
+    press = MergingPress(AdaKVPress(KnormPress(0.5)))
+    alone = [run(model, MergingPress(AdaKVPress(KnormPress(0.5))), input_ids) for model in (llama, other)]
+    caches = [DynamicCache(), DynamicCache()]
+    clear_masks(llama)
+    clear_masks(other)
+    with torch.no_grad(), press(llama), press(other):
+        for model, cache in zip((llama, other), caches):
+            model.model(input_ids=input_ids, past_key_values=cache)
+    for cache, layers in zip(caches, alone):
+        for layer, expected in zip(cache.layers, layers):
+            assert torch.equal(layer.values, expected.values)
+
+
+def test_a_cache_that_holds_a_prefix_is_left_alone_as_by_the_bare_press(llama, input_ids):
+    caches = [DynamicCache(), DynamicCache()]
+    for press, cache in zip((KnormPress(0.5), MergingPress(KnormPress(0.5))), caches):
+        clear_masks(llama)
+        with torch.no_grad():
+            llama.model(input_ids=input_ids[:, :40], past_key_values=cache)
+            with press(llama):
+                llama.model(input_ids=input_ids[:, 40:], past_key_values=cache)
+    for bare, merged in zip(caches[0].layers, caches[1].layers):
+        assert torch.equal(bare.keys, merged.keys)
+        assert torch.equal(bare.values, merged.values)
+
+
+def test_several_prefills_in_one_context_are_merged_each(llama, input_ids):
+    press = MergingPress(KnormPress(0.5))
+    caches = [DynamicCache(), DynamicCache()]
+    with torch.no_grad(), press(llama):
+        for cache in caches:
+            llama.model(input_ids=input_ids, past_key_values=cache)
+    for one, two in zip(*(cache.layers for cache in caches)):
+        assert torch.equal(one.values, two.values)
+        assert one.keys.shape[2] == 48
+
+
+def test_neither_caches_nor_models_are_held(llama, input_ids):
+    model = copy.deepcopy(llama)
+    press = MergingPress(CASES["KVzip"].make())
+    cache = DynamicCache()
+    run(model, press, input_ids, cache=cache)
+    held = [weakref.ref(cache), weakref.ref(model)]
+    del cache, model
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
+    assert len(press._states) == 0
+
+
+def test_attention_without_a_cache_is_left_to_the_model(llama, input_ids):
+    with torch.no_grad():
+        expected = llama.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        with pytest.raises((TypeError, AttributeError, KeyError)), KnormPress(0.5)(llama):
+            llama.model(input_ids=input_ids, use_cache=False)
+        with pytest.raises((TypeError, AttributeError, KeyError)), MergingPress(KnormPress(0.5))(llama):
+            llama.model(input_ids=input_ids, use_cache=False)
+    assert torch.isfinite(expected).all()
+    assert all(not module._forward_hooks for module in attention_modules(llama))

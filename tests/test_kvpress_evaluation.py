@@ -1,0 +1,71 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""kvpress's own evaluate.py takes our registry."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from filelock import FileLock
+from tiny import tiny_checkpoint
+
+from evaluation.models import cache_folder
+
+CONFIGURATIONS = [
+    {"press_name": "merging_knorm", "compression_ratio": 0.5},
+    {"press_name": "merging_adakv_snapkv", "compression_ratio": 0.5},
+    {"press_name": "merging_dms_knorm", "threshold": -6.4},
+    {"press_name": "merging_duo_attention", "head_compression_ratio": 0.5},
+    {"press_name": "merging_kvzip", "compression_ratio": 0.5},
+]
+
+
+@pytest.fixture(scope="module")
+def kvpress_source() -> Path:
+    """kvpress's source distribution, which holds its evaluation; the wheel does not."""
+    folder = cache_folder() / "kvpress-0.5.5"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "evaluation" / "evaluate.py").exists():
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "kvpress"]
+            fetched = subprocess.run(
+                [*command, "-d", str(folder.parent), "kvpress==0.5.5"], capture_output=True, text=True
+            )
+            if fetched.returncode:
+                pytest.skip(f"kvpress's source distribution is out of reach: {fetched.stderr[-300:]}")
+            with tarfile.open(folder.parent / "kvpress-0.5.5.tar.gz") as archive:
+                archive.extractall(folder.parent, filter="data")
+    return folder
+
+
+def test_its_evaluation_runs_with_our_registry(kvpress_source, tmp_path):
+    tiny_checkpoint(tmp_path / "model", head_dim=64, pad_token_id=0)
+    script = Path(__file__).with_name("kvpress_evaluation.py")
+    folders = [kvpress_source / "evaluation", tmp_path / "model", tmp_path / "results"]
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, folders), json.dumps(CONFIGURATIONS)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["press"] for line in lines] == ["MergingPress"] * len(CONFIGURATIONS)
+    assert [line["inner"] for line in lines][:3] == ["KnormPress", "AdaKVPress", "DMSPress"]
+    assert lines[2]["threshold"] == -6.4
+    assert lines[3]["head_compression_ratio"] == 0.5
+    assert all(line["merged"] > 0 for line in lines)
+    for configuration, line in zip(CONFIGURATIONS, lines):
+        folder = Path(line["folder"])
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        assert config["press_init_command"].startswith("MergingPress(press=")
+        predictions = pd.read_csv(folder / "predictions.csv")
+        assert len(predictions) == 2
+        if "compression_ratio" in configuration:
+            assert predictions["compression_ratio"].between(0.4, 0.6).all()
+        else:
+            assert (predictions["compression_ratio"] > 0).all()

@@ -1,0 +1,227 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""MergingPress: its fields, and what its merges are worth."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from every_press import CASES
+from kvpress import FinchPress, KeyRerotationPress, KnormPress, ScorerPress, SnapKVPress
+from replay import run
+from tiny import tiny_model
+from transformers import DynamicCache
+
+from kvpress_merging import MergeOnEvictPress, MergingPress
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama", num_attention_heads=4, num_key_value_heads=2)
+
+
+def tokens(bsz: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.stack([torch.randperm(180, generator=generator)[:length] for _ in range(bsz)]) + 10
+
+
+def test_defaults_and_their_order():
+    press = MergingPress(KnormPress(0.5), 0.3, True, False, 4, 0.75)
+    assert press.similarity_threshold == 0.3
+    assert press.merge_keys is True
+    assert press.value_norm_weighting is False
+    assert press.max_merge_per_token == 4
+    assert press.merge_fraction == 0.75
+    with pytest.raises(TypeError):
+        MergingPress(KnormPress(0.5), 0.3, True, False, 4, 0.75, 1 << 20)
+    default = MergingPress(KnormPress(0.5))
+    assert (default.similarity_threshold, default.merge_keys, default.value_norm_weighting) == (0.0, False, True)
+    assert (default.max_merge_per_token, default.merge_fraction, default.kernel) == (0, 1.0, "auto")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("similarity_threshold", 1.5, ValueError),
+        ("similarity_threshold", -0.1, ValueError),
+        ("similarity_threshold", float("nan"), ValueError),
+        ("similarity_threshold", "0.5", TypeError),
+        ("similarity_threshold", None, TypeError),
+        ("similarity_threshold", True, TypeError),
+        ("merge_keys", 1, TypeError),
+        ("value_norm_weighting", None, TypeError),
+        ("max_merge_per_token", -1, ValueError),
+        ("max_merge_per_token", 1.0, TypeError),
+        ("max_merge_per_token", True, TypeError),
+        ("merge_fraction", 0.0, ValueError),
+        ("merge_fraction", 1.01, ValueError),
+        ("merge_fraction", float("nan"), ValueError),
+        ("merge_fraction", "all", TypeError),
+        ("tile_bytes", 0, ValueError),
+        ("tile_bytes", 1e6, TypeError),
+        ("kernel", "cuda", ValueError),
+    ],
+)
+def test_a_wrong_field_is_an_error_that_names_it_at_construction_and_when_set(field, value, error):
+    with pytest.raises(error, match=field):
+        MergingPress(KnormPress(0.5), **{field: value})
+    press = MergingPress(KnormPress(0.5))
+    before = getattr(press, field)
+    with pytest.raises(error, match=field):
+        setattr(press, field, value)
+    assert getattr(press, field) == before
+
+
+@pytest.mark.parametrize("inner", [lambda: KeyRerotationPress(KnormPress(0.5)), lambda: FinchPress(0.5)])
+def test_merging_keys_is_refused_where_the_press_rotates_them(inner):
+    with pytest.raises(ValueError, match="merge_keys"):
+        MergingPress(inner(), merge_keys=True)
+
+
+def test_merging_keys_is_refused_when_a_press_turns_out_to_rewrite_them(llama):
+    press = MergingPress(CASES["Composed with rerotation"].make(), merge_keys=True)
+    cache = DynamicCache()
+    with pytest.raises(ValueError, match="merge_keys=False"):
+        run(llama, press, tokens(1, 64), cache=cache)
+    assert cache.layers[0].keys.shape[2] == 64
+
+
+@pytest.mark.parametrize("name", ["Knorm", "AdaKV", "Composed", "third party, slices and joins"])
+def test_merging_keys_changes_the_keys_of_survivors_that_take_something_in(name, llama):
+    input_ids = tokens(1, 96)
+    bare = run(llama, CASES[name].make(), input_ids)
+    plain_merge = run(llama, MergingPress(CASES[name].make()), input_ids)
+    merged = run(llama, MergingPress(CASES[name].make(), merge_keys=True), input_ids)
+    for before, by_values, after in zip(bare, plain_merge, merged):
+        assert torch.equal(by_values.values, after.values)
+        takes_in = (by_values.values != before.values).any(-1)
+        assert torch.equal(after.keys[~takes_in], before.keys[~takes_in])
+        assert (after.keys[takes_in] != before.keys[takes_in]).any(-1).all()
+
+
+def test_it_differs_from_hard_eviction_and_keeps_the_keys(llama):
+    input_ids = tokens(1, 96)
+    bare, merged = (run(llama, press, input_ids) for press in (KnormPress(0.5), MergingPress(KnormPress(0.5))))
+    for before, after in zip(bare, merged):
+        assert torch.equal(before.keys, after.keys)
+        assert not torch.equal(before.values, after.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_finite_and_in_its_dtype(dtype, llama):
+    model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2).to(dtype)
+    for layer in run(model, MergingPress(KnormPress(0.7)), tokens(2, 96)):
+        assert layer.values.dtype == layer.keys.dtype == dtype
+        assert torch.isfinite(layer.values).all()
+
+
+@pytest.mark.parametrize("bsz", [1, 3])
+def test_rows_of_a_batch_are_merged_each_by_itself(bsz, llama):
+    input_ids = tokens(bsz, 96)
+    together = run(llama, MergingPress(SnapKVPress(0.5, window_size=8)), input_ids)
+    for row in range(bsz):
+        alone = run(llama, MergingPress(SnapKVPress(0.5, window_size=8)), input_ids[row : row + 1])
+        for both, single in zip(together, alone):
+            torch.testing.assert_close(both.values[row : row + 1], single.values)
+
+
+def test_no_eviction_leaves_the_cache_bit_identical(llama):
+    input_ids = tokens(2, 96)
+    full = run(llama, None, input_ids)
+    for press in (KnormPress(0.0), KeyRerotationPress(KnormPress(0.0)), CASES["AdaKV"].make()):
+        press.compression_ratio = 0.0
+        for before, after in zip(full, run(llama, MergingPress(press), input_ids)):
+            assert torch.equal(before.keys, after.keys)
+            assert torch.equal(before.values, after.values)
+
+
+class FirstPress(ScorerPress):
+    """Keeps the first positions."""
+
+    def score(self, module, hidden_states, keys, values, attentions, kwargs):
+        return -torch.arange(keys.shape[2]).expand(keys.shape[:3]).float()
+
+
+def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(queries @ keys.mT, dim=-1) @ values
+
+
+def test_attention_over_merged_values_is_nearer_to_the_full_cache_where_it_must_be():
+    # Every key stands twice, each time with another value, and eviction takes the second of each pair: attention over
+    # the survivors alone knows nothing of those values, over the merged ones it is off by the blend's weight alone.
+    generator = torch.Generator().manual_seed(4)
+    pair_keys = torch.randn(1, 2, 24, 16, generator=generator)
+    keys = torch.cat([pair_keys, pair_keys], dim=2)
+    values = torch.cat([torch.randn(1, 2, 24, 16, generator=generator) + shift for shift in (0.0, 3.0)], dim=2)
+    queries = torch.randn(1, 2, 50, 16, generator=generator)
+
+    class Module(torch.nn.Module):
+        layer_idx, head_dim = 0, 16
+
+    arguments = (Module(), torch.zeros(1, 48, 8), keys, values, None, {})
+    hard_keys, hard_values = FirstPress(0.5).compress(*arguments)
+    merged_keys, merged_values = MergingPress(FirstPress(0.5)).compress(*arguments)
+    assert torch.equal(hard_keys, merged_keys)
+    full = attend(queries, keys, values)
+    hard = (attend(queries, hard_keys, hard_values) - full).norm()
+    merged = (attend(queries, merged_keys, merged_values) - full).norm()
+    assert merged < 0.6 * hard
+
+
+@dataclass
+class SumPress(MergeOnEvictPress):
+    """A third merge rule: every survivor takes in the mean of what its head lost, times ``share``."""
+
+    share: float = 0.1
+
+    def fold(self, module, hidden_states, keys, values, kept_keys, kept_values, eviction, kwargs):
+        index = eviction.evicted.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1])
+        lost = values.gather(2, index).mean(dim=2, keepdim=True)
+        return kept_keys, kept_values + self.share * lost
+
+
+def test_a_third_merge_rule_takes_a_dozen_lines(llama):
+    input_ids = tokens(1, 96)
+    full, bare = run(llama, None, input_ids), run(llama, KnormPress(0.5), input_ids)
+    merged = run(llama, SumPress(KnormPress(0.5), share=0.2), input_ids)
+    for layer_full, before, after in zip(full, bare, merged):
+        lost = layer_full.values.sum(dim=2, keepdim=True) - before.values.sum(dim=2, keepdim=True)
+        expected = before.values + 0.2 * lost / 48
+        np.testing.assert_allclose(after.values.numpy(), expected.numpy(), atol=1e-5)
+    assert SumPress(KnormPress(0.5), share=0.2) == SumPress(KnormPress(0.5), share=0.2)
+
+
+def test_a_fold_that_returns_another_shape_is_an_error_and_the_cache_stays(llama):
+    @dataclass
+    class Careless(MergeOnEvictPress):
+        def fold(self, module, hidden_states, keys, values, kept_keys, kept_values, eviction, kwargs):
+            return keys, values
+
+    cache = DynamicCache()
+    with pytest.raises(ValueError, match=r"Careless\.fold must return tensors of the survivors' shape"):
+        run(llama, Careless(KnormPress(0.5)), tokens(1, 64), cache=cache)
+    assert cache.layers[0].keys.shape[2] == 64
+
+
+def test_the_report_tells_what_was_merged(llama):
+    press = MergingPress(KnormPress(0.5), similarity_threshold=0.65)
+    assert str(press.report) == "0 layers, nothing evicted"
+    run(llama, press, tokens(2, 96))
+    rows = press.report.to_dict()
+    assert list(rows) == [0, 1, 2, 3]
+    for row in rows.values():
+        assert row["kept"] == row["evicted"] == 2 * 2 * 48
+        assert 0 < row["merged"] < row["evicted"]
+        assert 0.65 <= row["similarity_q05"] <= row["similarity_q50"] <= 1
+        assert 0.65 <= row["similarity_mean"] <= 1
+        assert 0.5 <= row["bound_mean"] <= 1
+        assert 1 <= row["most_merges"] <= 48
+    frame = press.report.to_frame()
+    assert frame.index.name == "layer"
+    assert list(frame["merged"]) == [row["merged"] for row in rows.values()]
+    line = str(press.report)
+    assert "\n" not in line
+    assert line.startswith("4 layers: 768 positions evicted, ")
+    run(llama, press, tokens(1, 64))
+    assert press.report.to_dict()[0]["evicted"] == 2 * 32
