@@ -1,0 +1,42 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m evaluation COMMAND``: one sub-command for each thing that can be measured."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from evaluation.cli import closest, fail
+
+COMMANDS = {
+    "demo": "compare full cache, eviction and merging on a real text, in a few minutes on a laptop",
+    "run": "measure one press on one dataset, with kvpress's flags, into config.yaml, predictions.csv and metrics.json",
+    "speed": "time the merge against kvpress's own and against the matrix product alone, in pairs",
+}
+"""Sub-command to what it does. Each is a module of this package with a ``main(argv)``."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """
+    Hand the arguments to the sub-command that the first one names.
+
+    Parameters
+    ----------
+    argv : Sequence[str]
+        The arguments, without the program's name.
+    """
+    command, *rest = argv or ["--help"]
+    if command in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:{width}}  {help_text}" for name, help_text in COMMANDS.items()]
+        print("usage: python -m evaluation COMMAND [--help] [flags]\n\ncommands:", *lines, sep="\n")
+        return
+    if command not in COMMANDS:
+        fail(f"python -m evaluation: unknown command {command!r}{closest(command, COMMANDS)}")
+    importlib.import_module(f"evaluation.{command}").main(rest)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

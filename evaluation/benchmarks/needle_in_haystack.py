@@ -1,0 +1,90 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""A needle in Paul Graham's essays, at the depths and with the context length that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from rouge import Rouge
+from transformers import PreTrainedTokenizerBase
+
+COLUMNS = ("context", "needle", "question", "answer_prefix", "max_new_tokens")
+
+_METRICS = ("rouge-1", "rouge-2", "rouge-l")
+
+# Room for what stands around the essays: the sentences below, and what a chat template adds.
+_ROOM = 150
+
+
+def hide_needle(
+    essays: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_context_length: int, depths: Sequence[int]
+) -> pd.DataFrame:
+    """
+    Put the needle into the essays.
+
+    Parameters
+    ----------
+    essays : pd.DataFrame
+        Columns ``COLUMNS``; the first row is used.
+    tokenizer : PreTrainedTokenizerBase
+        Measures lengths.
+    max_context_length : int
+        Tokens of the whole context; the essays are cut to it.
+    depths : sequence of int
+        Percentages of the way into the essays.
+
+    Returns
+    -------
+    pd.DataFrame
+        One row for each depth, with the columns of ``essays``, ``needle_depth`` and ``task``.
+
+    Raises
+    ------
+    ValueError
+        If the length leaves no room for the essays.
+    """
+    row = essays.iloc[0].to_dict()
+    needle_ids = tokenizer.encode(row["needle"], add_special_tokens=False)
+    n_essay_tokens = max_context_length - len(needle_ids) - _ROOM
+    if n_essay_tokens <= 0:
+        raise ValueError(
+            f"--max_context_length must be greater than {len(needle_ids) + _ROOM}, which the needle and what stands "
+            f"around the essays may take, got {max_context_length}"
+        )
+    essay_ids = tokenizer.encode(row["context"], add_special_tokens=False)[:n_essay_tokens]
+    rows = []
+    for depth in depths:
+        place = len(essay_ids) * depth // 100
+        text = tokenizer.decode(essay_ids[:place] + needle_ids + essay_ids[place:], skip_special_tokens=True)
+        context = (
+            f"Essays by one author follow, from here to the line that says so.\n\n{text}\n\nThe essays end here.\n"
+        )
+        rows.append({**row, "context": context, "needle_depth": depth, "task": f"needle_depth_{depth}"})
+    return pd.DataFrame(rows)
+
+
+def score(predictions: pd.DataFrame) -> pd.DataFrame:
+    """
+    ROUGE-1, ROUGE-2 and ROUGE-L between answers and needles.
+
+    Parameters
+    ----------
+    predictions : pd.DataFrame
+        Columns ``needle`` and ``predicted_answer``.
+
+    Returns
+    -------
+    pd.DataFrame
+        For each sample the three F1 scores of the ``rouge`` package, in percent; 0 for an empty answer.
+    """
+    rouge = Rouge(metrics=list(_METRICS))
+    rows = []
+    for said, needle in zip(predictions["predicted_answer"], predictions["needle"]):
+        try:
+            scores = rouge.get_scores(said.strip(), needle.strip())[0]
+            rows.append({name: 100 * scores[name]["f"] for name in _METRICS})
+        except (AssertionError, ValueError, RecursionError):
+            rows.append(dict.fromkeys(_METRICS, 0.0))
+    return pd.DataFrame(rows, index=predictions.index)

@@ -1,0 +1,63 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the sub-commands of ``python -m evaluation`` share: flags from a dataclass, and mistakes told in one line."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NoReturn, TypeVar
+
+from transformers import HfArgumentParser
+
+Config = TypeVar("Config")
+
+
+class _Parser(HfArgumentParser):
+    """Tells a mistake in one line, without the list of all flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{self.prog}: {message}")
+
+
+def parse_config(config_class: type[Config], argv: Sequence[str], *, prog: str, description: str) -> Config:
+    """
+    Read a dataclass's fields from command-line flags of the same names.
+
+    Parameters
+    ----------
+    config_class : type
+        A dataclass. Its ``__post_init__`` may raise ``ValueError`` for values that make no sense.
+    argv : Sequence[str]
+        The arguments, without the program's name.
+    prog, description : str
+        What ``--help`` says.
+
+    Returns
+    -------
+    Config
+        An instance. A mistake ends the process with one line on stderr and exit status 2.
+    """
+    parser = _Parser(config_class, prog=prog, description=description, allow_abbrev=False)  # type: ignore[arg-type]
+    namespace, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        parser.error(f"unknown argument {unknown[0]!r}{closest(unknown[0].split('=')[0], flags)}")
+    try:
+        return config_class(**vars(namespace))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """The end of a sentence about a wrong name: the valid names most like it, or all where none is."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; valid are {', '.join(valid)}"
+
+
+def fail(message: str) -> NoReturn:
+    """Tell a user's mistake in one line on stderr and end the process with exit status 2."""
+    print(" ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)

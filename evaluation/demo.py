@@ -1,0 +1,417 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""Compare full cache, eviction and merging on a real text, and show the result as a table, a file and a plot."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.utils.logging as transformers_logging
+from kvpress import BasePress, ExpectedAttentionPress, KnormPress, SnapKVPress
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
+
+from evaluation.cli import fail, parse_config
+from evaluation.fidelity import Fidelity, measure_fidelity, measure_reference
+from evaluation.models import BUILT_IN_MODEL, ModelUnavailableError, load_model
+from evaluation.text import Window, cut_windows, read_text
+from kvpress_merging import MergingPress, __version__
+
+PRESSES: dict[str, Callable[[float], BasePress]] = {
+    "Knorm": KnormPress,
+    "ExpectedAttention": ExpectedAttentionPress,
+    "SnapKV": SnapKVPress,
+}
+COMPRESSION_RATIOS = (0.5, 0.75)
+"""The ratios measured; the needle question is asked at the first."""
+
+NEEDLE_CONTEXT_LENGTH = 800
+"""Tokens of text around the needle."""
+NEEDLE_QUESTION = "\n\nWhich number opens the blue locker at the harbour? Answer with the number."
+
+# Okabe and Ito's palette, which people with any colour vision can tell apart.
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#555555"
+
+
+@dataclass
+class DemoConfig:
+    """
+    What the demo measures.
+
+    Raises
+    ------
+    ValueError
+        If a length or number is too small, or the text file does not exist.
+    """
+
+    model: str = field(default=BUILT_IN_MODEL, metadata={"help": "the built-in 'smollm2', a folder, or a hub id"})
+    device: str | None = field(default=None, metadata={"help": "torch device; by default the GPU if there is one"})
+    n_contexts: int = field(default=4, metadata={"help": "windows of the text to measure on"})
+    context_length: int = field(default=512, metadata={"help": "tokens that are prefilled and compressed"})
+    continuation_length: int = field(default=129, metadata={"help": "tokens that follow; all but the first are scored"})
+    text_file: str | None = field(
+        default=None, metadata={"help": "UTF-8 text to measure on; by default the built-in one"}
+    )
+    output_dir: str = field(default="results/demo", metadata={"help": "folder for demo.json and demo.png"})
+    seed: int = field(default=0, metadata={"help": "draws the needle's number and place"})
+    quiet: bool = field(default=False, metadata={"help": "no progress, only the result"})
+
+    def __post_init__(self):
+        for name, least in (("n_contexts", 1), ("context_length", 128), ("continuation_length", 2)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if self.text_file is not None and not Path(self.text_file).expanduser().is_file():
+            raise ValueError(f"--text_file: there is no file {self.text_file!r}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    A press alone and with merging, at one ratio, over the same windows.
+
+    Parameters
+    ----------
+    press : str
+        Name of the inner press.
+    compression_ratio : float
+        Share of the cache that it evicts.
+    evicted, merged : list[Fidelity]
+        One per window, of the bare press and of ``MergingPress`` around it.
+    """
+
+    press: str
+    compression_ratio: float
+    evicted: list[Fidelity]
+    merged: list[Fidelity]
+
+    @property
+    def kl_change(self) -> float:
+        """Change of the mean KL divergence by merging, in percent; below 0, merging is nearer to the full cache."""
+        return _change(_mean(self.merged, "kl"), _mean(self.evicted, "kl"))
+
+    @property
+    def kl_change_per_window(self) -> list[float]:
+        """The same for each window."""
+        return [_change(merged.kl, evicted.kl) for merged, evicted in zip(self.merged, self.evicted)]
+
+    @property
+    def label(self) -> str:
+        """How tables and plots name it."""
+        return f"{self.press} {self.compression_ratio:g}"
+
+
+@dataclass(frozen=True)
+class NeedleAnswer:
+    """What the model said when asked for the needle. ``found`` tells whether the number is in it."""
+
+    cache: str
+    answer: str
+    found: bool
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the demo with command-line arguments."""
+    config = parse_config(DemoConfig, argv, prog="python -m evaluation demo", description=__doc__ or "")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("evaluation").setLevel(logging.WARNING if config.quiet else logging.INFO)
+    if config.quiet:
+        transformers_logging.disable_progress_bar()
+    started = time.perf_counter()
+    try:
+        model, tokenizer = load_model(config.model, device=config.device)
+        text = read_text(config.text_file)
+        windows = cut_windows(text, tokenizer, config.n_contexts, config.context_length, config.continuation_length)
+        context, number = hide_needle(text, tokenizer, config.seed)
+    except (ModelUnavailableError, OSError, ValueError) as error:
+        fail(f"python -m evaluation demo: {error}")
+    n_steps = len(windows) * (1 + 2 * len(PRESSES) * len(COMPRESSION_RATIOS)) + 1 + 2 * len(PRESSES)
+    with tqdm(total=n_steps, desc="demo", unit="run", disable=config.quiet) as progress:
+        comparisons = compare(model, windows, progress)
+        answers = ask_needle(model, tokenizer, context, number, progress)
+    seconds = time.perf_counter() - started
+
+    folder = Path(config.output_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    record = describe(config, model, text, comparisons, answers, number, seconds)
+    (folder / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    subtitle = f"{Path(config.model).name}, {len(windows)} windows of {config.context_length} tokens"
+    plot(comparisons, subtitle, folder / "demo.png")
+    show(comparisons, answers, number)
+    print(f"\nWritten to {folder / 'demo.json'} and {folder / 'demo.png'} after {seconds:.0f} s.")
+
+
+def compare(model: PreTrainedModel, windows: Sequence[Window], progress: tqdm) -> list[Comparison]:
+    """
+    Measure every press at every ratio, bare and merged, on every window.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+    windows : Sequence[Window]
+        What to read.
+    progress : tqdm
+        Advances by one for each prefill.
+
+    Returns
+    -------
+    list[Comparison]
+        In the order of ``PRESSES``, then of ``COMPRESSION_RATIOS``.
+    """
+    comparisons = [Comparison(name, ratio, [], []) for name in PRESSES for ratio in COMPRESSION_RATIOS]
+    # The first prefill of a process pays for allocations and thread pools; no press should be charged for that.
+    measure_reference(model, windows[0])
+    for window in windows:
+        reference = measure_reference(model, window)
+        progress.update()
+        for comparison in comparisons:
+            for wrap, results in ((lambda press: press, comparison.evicted), (MergingPress, comparison.merged)):
+                press = wrap(PRESSES[comparison.press](comparison.compression_ratio))
+                results.append(measure_fidelity(model, press, reference))
+                progress.update()
+    return comparisons
+
+
+def hide_needle(text: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> tuple[str, str]:
+    """
+    Put one sentence with a number into the beginning of a text.
+
+    Parameters
+    ----------
+    text : str
+        Its first ``NEEDLE_CONTEXT_LENGTH`` tokens are the haystack.
+    tokenizer : PreTrainedTokenizerBase
+        Measures the haystack.
+    seed : int
+        Draws the number and the place, between a fifth and four fifths of the way.
+
+    Returns
+    -------
+    tuple[str, str]
+        The haystack with the needle in it, and the number.
+    """
+    generator = random.Random(seed)
+    number = str(generator.randint(10_000, 99_999))
+    token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:NEEDLE_CONTEXT_LENGTH]
+    haystack = str(tokenizer.decode(token_ids))
+    place = int(len(haystack) * generator.uniform(0.2, 0.8))
+    # Between two paragraphs, if the text has any from here on.
+    place = max(place, haystack.find("\n\n", place))
+    needle = f"\n\nThe number that opens the blue locker at the harbour is {number}."
+    return haystack[:place] + needle + haystack[place:], number
+
+
+def ask_needle(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: str, number: str, progress: tqdm
+) -> list[NeedleAnswer]:
+    """Ask for the needle with the full cache, then with each press at the first ratio, bare and merged."""
+    generate = pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer)  # type: ignore[call-overload]
+    ratio = COMPRESSION_RATIOS[0]
+    presses: dict[str, BasePress | None] = {"full cache": None}
+    for name, press_class in PRESSES.items():
+        presses[f"{name} {ratio:g}"] = press_class(ratio)
+        presses[f"{name} {ratio:g}, merged"] = MergingPress(press_class(ratio))
+    answers = []
+    for name, press in presses.items():
+        answer = generate(context, question=NEEDLE_QUESTION, press=press, max_new_tokens=24)["answer"]
+        answers.append(NeedleAnswer(name, answer.strip(), number in answer))
+        progress.update()
+    return answers
+
+
+def describe(
+    config: DemoConfig,
+    model: PreTrainedModel,
+    text: str,
+    comparisons: Sequence[Comparison],
+    answers: Sequence[NeedleAnswer],
+    number: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """All that was measured, and all that it depends on, as what JSON can hold."""
+    packages = {package: version(package) for package in ("torch", "transformers", "kvpress")}
+    return {
+        "config": asdict(config),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "versions": {"python": platform.python_version(), **packages, "kvpress-merging": __version__},
+        "machine": {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
+        },
+        "model": {
+            "architecture": type(model).__name__,
+            "parameters": model.num_parameters(),
+            "dtype": str(model.dtype),
+        },
+        "text": {"characters": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()},
+        "comparisons": [
+            {
+                "press": comparison.press,
+                "compression_ratio": comparison.compression_ratio,
+                "kl_evicted": _mean(comparison.evicted, "kl"),
+                "kl_merged": _mean(comparison.merged, "kl"),
+                "kl_change_percent": comparison.kl_change,
+                "kl_change_percent_per_window": comparison.kl_change_per_window,
+                "evicted": [asdict(fidelity) for fidelity in comparison.evicted],
+                "merged": [asdict(fidelity) for fidelity in comparison.merged],
+            }
+            for comparison in comparisons
+        ],
+        "needle": {
+            "number": number,
+            "question": NEEDLE_QUESTION.strip(),
+            "answers": [asdict(answer) for answer in answers],
+        },
+    }
+
+
+def show(comparisons: Sequence[Comparison], answers: Sequence[NeedleAnswer], number: str) -> None:
+    """Print the comparison as a table, what it comes to in one line, and what the model answered."""
+    full = comparisons[0].evicted
+    table = Table(
+        title=f"Distance from the full cache (windows: {len(full)})",
+        caption="KL and NLL: nats per token, mean. change: of KL by merging, below 0 is nearer.\n"
+        "seconds: of the prefill, median.",
+        box=box.HORIZONTALS,
+        pad_edge=False,
+    )
+    table.add_column("press", no_wrap=True)
+    table.add_column("cache")
+    for name in ("MB", "KL", "change", "NLL", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    nll, seconds = _mean(full, "nll_full"), _median(full, "prefill_seconds_full")
+    table.add_row("none", "full", _megabytes(full[0].cache_bytes_full), "0", "", f"{nll:.3f}", f"{seconds:.2f}")
+    for comparison in comparisons:
+        table.add_section()
+        change = comparison.kl_change
+        coloured = f"[{'green' if change < 0 else 'red'}]{change:+.1f} %[/]"
+        for cells, results in (
+            ((comparison.label, "evicted", ""), comparison.evicted),
+            (("", "merged", coloured), comparison.merged),
+        ):
+            table.add_row(
+                *cells[:2],
+                _megabytes(results[0].cache_bytes),
+                f"{_mean(results, 'kl'):.4f}",
+                cells[2],
+                f"{_mean(results, 'nll'):.3f}",
+                f"{_median(results, 'prefill_seconds'):.2f}",
+            )
+    Console().print(table)
+    print(verdict(comparisons))
+
+    print(f"\nNeedle: the context says {number}. Asked: {NEEDLE_QUESTION.strip()}")
+    width = max(len(answer.cache) for answer in answers)
+    for answer in answers:
+        print(f"  {answer.cache:{width}}  {'found ' if answer.found else 'missed'}  {' '.join(answer.answer.split())}")
+
+
+def verdict(comparisons: Sequence[Comparison]) -> str:
+    """One line: where merging brought the model nearer to the full cache, and where it did not."""
+    nearer = [comparison.label for comparison in comparisons if comparison.kl_change < 0]
+    not_nearer = [comparison.label for comparison in comparisons if comparison.kl_change >= 0]
+    return (
+        f"Merging lowered KL in {len(nearer)} of {len(comparisons)} comparisons"
+        + (f" ({', '.join(nearer)})" if nearer else "")
+        + (f", and did not for {', '.join(not_nearer)}." if not_nearer else ".")
+    )
+
+
+def plot(comparisons: Sequence[Comparison], subtitle: str, file: Path) -> None:
+    """
+    Draw what the table says, with every window as a dot.
+
+    Parameters
+    ----------
+    comparisons : Sequence[Comparison]
+        What was measured.
+    subtitle : str
+        Names the model and the text.
+    file : Path
+        Where the PNG goes.
+    """
+    # A figure of its own rather than pyplot's: no global backend to choose, and it works where there is no display.
+    figure = Figure(figsize=(12, 0.75 * len(comparisons) + 1.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for row, comparison in enumerate(comparisons):
+        for offset, results, colour, marker in (
+            (-0.17, comparison.evicted, GREY, "o"),
+            (0.17, comparison.merged, BLUE, "D"),
+        ):
+            values = [fidelity.kl for fidelity in results]
+            left.plot(values, [row + offset] * len(values), marker, color=colour, alpha=0.45, markersize=6, mew=0)
+            mean = statistics.fmean(values)
+            left.plot([mean, mean], [row + offset - 0.15, row + offset + 0.15], color=colour, linewidth=3)
+            place = (max(values), row + offset)
+            left.annotate(f"{mean:.3f}", place, (8, 0), textcoords="offset points", va="center", color=colour)
+        change = comparison.kl_change
+        colour = BLUE if change < 0 else ORANGE
+        right.barh(row, change, height=0.5, color=colour, alpha=0.55, hatch="" if change < 0 else "//", zorder=1)
+        windows = comparison.kl_change_per_window
+        right.plot(windows, [row] * len(windows), "o", color="black", markersize=5, mew=0, zorder=2)
+        outermost = max([*windows, change, 0.0])
+        right.annotate(f"{change:+.1f} %", (outermost, row), (8, 0), textcoords="offset points", va="center")
+    left.set_xscale("log")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    left.xaxis.set_minor_locator(NullLocator())
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set_yticks(range(len(comparisons)), [comparison.label for comparison in comparisons])
+    left.invert_yaxis()
+    left.set_xlabel("KL divergence from the full cache, nats per token (left is better)")
+    left.set_title("Eviction alone and with merging")
+    left.plot([], [], "o", color=GREY, label="evicted")
+    left.plot([], [], "D", color=BLUE, label="merged")
+    left.plot([], [], color="black", linewidth=3, label="mean of the windows")
+    left.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3, frameon=False)
+    right.axvline(0, color="black", linewidth=1)
+    right.set_xlabel("change of KL by merging, % (left is better)")
+    right.set_title("What merging changes")
+    right.plot([], [], "o", color="black", label="one window")
+    right.bar(0, 0, color=BLUE, alpha=0.55, label="mean, nearer")
+    right.bar(0, 0, color=ORANGE, alpha=0.55, hatch="//", label="mean, farther")
+    right.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3, frameon=False)
+    for axes in (left, right):
+        axes.grid(axis="x", color="0.9")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.16)
+    figure.suptitle(subtitle)
+    figure.savefig(file, dpi=150)
+
+
+def _mean(results: Sequence[Fidelity], name: str) -> float:
+    return statistics.fmean(getattr(fidelity, name) for fidelity in results)
+
+
+def _median(results: Sequence[Fidelity], name: str) -> float:
+    return statistics.median(getattr(fidelity, name) for fidelity in results)
+
+
+def _change(after: float, before: float) -> float:
+    return 100 * (after / before - 1) if before else 0.0
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.1f}"

@@ -1,0 +1,249 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""One evaluation: what a model answers about a dataset's samples with a press, and how right that is."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from kvpress import (
+    BasePress,
+    DecodingPress,
+    FinchPress,
+    KVPressTextGenerationPipeline,
+)
+from tqdm import tqdm
+from transformers import FineGrainedFP8Config, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from evaluation.benchmarks import fidelity
+from evaluation.config import EvaluationConfig
+from evaluation.evaluate_registry import DATASET_REGISTRY, SCORER_REGISTRY
+from evaluation.models import load_model
+from evaluation.presses import choose_attention, configure_press, given_model_kwargs
+from evaluation.results import write_results
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Evaluation:
+    """
+    All that a run needs: made by ``prepare``, spent by ``measure``.
+
+    Parameters
+    ----------
+    config : EvaluationConfig
+        What is measured.
+    press : BasePress or None
+        Configured; None for the full cache.
+    model : PreTrainedModel
+        In eval mode.
+    tokenizer : PreTrainedTokenizerBase
+        The model's.
+    samples : pd.DataFrame
+        One row for each sample.
+    """
+
+    config: EvaluationConfig
+    press: BasePress | None
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    samples: pd.DataFrame
+
+
+def run(
+    config: EvaluationConfig, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Path:
+    """
+    Measure what a configuration says, and write the results.
+
+    Parameters
+    ----------
+    config : EvaluationConfig
+        What to measure.
+    model : PreTrainedModel, optional
+        The model, if it is loaded already; it is left as it was.
+    tokenizer : PreTrainedTokenizerBase, optional
+        The tokenizer that goes with it.
+
+    Returns
+    -------
+    Path
+        The folder with ``config.yaml``, ``predictions.csv`` and ``metrics.json``.
+
+    Raises
+    ------
+    ValueError, ModelUnavailableError, DatasetUnavailableError, OSError
+        See ``prepare``.
+    """
+    evaluation = prepare(config, model, tokenizer)
+    predictions, metrics = measure(evaluation)
+    return write_results(config, evaluation.press, evaluation.model, predictions, metrics)
+
+
+def prepare(
+    config: EvaluationConfig, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Evaluation:
+    """
+    Make the press, load the model unless it is given, and load the samples.
+
+    Raises
+    ------
+    ValueError
+        If settings do not go together, or a text is too short for them.
+    ModelUnavailableError
+        If the model cannot be loaded.
+    DatasetUnavailableError
+        If the dataset cannot be loaded.
+    OSError
+        If a file cannot be read.
+    """
+    press = configure_press(config)
+    if (model is None) != (tokenizer is None):
+        raise ValueError("model and tokenizer go together: give both or none")
+    if model is None or tokenizer is None:
+        model, tokenizer = _load(config)
+    _set_seed(config.seed)
+    samples = DATASET_REGISTRY[config.dataset](config, tokenizer)
+    samples.insert(0, "sample", range(len(samples)))
+    if config.fraction < 1.0:
+        samples = samples.sample(frac=config.fraction, random_state=config.seed)
+    if samples.empty:
+        raise ValueError(f"there are no samples: --fraction {config.fraction} of too few, or an empty dataset")
+    logger.info("%d samples of %s, with %s", len(samples), config.dataset, press or "the full cache")
+    return Evaluation(config, press, model, tokenizer, samples)
+
+
+def measure(evaluation: Evaluation) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """
+    Run the model over the samples and score what comes out.
+
+    Returns
+    -------
+    tuple[pd.DataFrame, dict]
+        One row for each sample, with the columns of the samples, ``predicted_answer``, ``compression_ratio`` (what the
+        press reached), ``seconds`` and a column for each metric; and the metrics, ``{task: {name: value}}``.
+    """
+    config, press = evaluation.config, evaluation.press
+    with _attention(choose_attention(config, press, evaluation.model), evaluation.model):
+        if config.dataset == "fidelity":
+            predictions = fidelity.measure_windows(evaluation.model, press, evaluation.samples, quiet=config.quiet)
+            return predictions, fidelity.means_with_intervals(fidelity.score(predictions), config.seed)
+        predictions = answer(evaluation)
+    scores = SCORER_REGISTRY[config.dataset](predictions)
+    means = scores.groupby(predictions["task"]).mean().round(2)
+    metrics = {str(task): row.dropna().to_dict() for task, row in means.iterrows()}
+    return predictions.join(scores), metrics
+
+
+def answer(evaluation: Evaluation) -> pd.DataFrame:
+    """
+    Have the model answer the samples' questions, through kvpress's pipeline.
+
+    Questions about one context are asked over one prefill, except with a press that evicts while decoding.
+
+    Returns
+    -------
+    pd.DataFrame
+        The samples without their contexts, with ``predicted_answer``, ``compression_ratio`` and ``seconds``, the
+        wall-clock time of the prefill and all answers, shared out evenly.
+    """
+    config, press, samples = evaluation.config, evaluation.press, evaluation.samples.copy()
+    with _delimiter_for(press, evaluation.model, evaluation.tokenizer) as (tokenizer, delimiter):
+        samples["context"] += delimiter
+        if config.query_aware:
+            samples["context"] += samples["question"]
+            samples["question"] = ""
+        # A model on several devices has been put there already.
+        device = None if hasattr(evaluation.model, "hf_device_map") else evaluation.model.device
+        generate = KVPressTextGenerationPipeline(model=evaluation.model, tokenizer=tokenizer, device=device)
+        by = ["sample"] if isinstance(press, DecodingPress) else ["context", "answer_prefix", "max_new_tokens"]
+        answers = []
+        with tqdm(total=len(samples), desc=config.dataset, unit="sample", disable=config.quiet) as progress:
+            for _, group in samples.groupby(by, sort=False, dropna=False):
+                first = group.iloc[0]
+                started = time.perf_counter()
+                output = generate(
+                    first["context"],
+                    questions=group["question"].to_list(),
+                    answer_prefix=first["answer_prefix"],
+                    press=press,
+                    max_new_tokens=config.max_new_tokens or int(first["max_new_tokens"]),
+                    max_context_length=config.max_context_length,
+                )
+                seconds = (time.perf_counter() - started) / len(group)
+                ratio = 0.0 if press is None else getattr(press, "compression_ratio", float("nan"))
+                row = {"predicted_answer": output["answers"], "compression_ratio": ratio, "seconds": seconds}
+                answers.append(pd.DataFrame(row, index=group.index))
+                progress.update(len(group))
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+    return samples.drop(columns="context").join(pd.concat(answers))
+
+
+def _load(config: EvaluationConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    kwargs = given_model_kwargs(config)
+    if config.fp8:
+        if not torch.cuda.is_available():
+            raise ValueError("--fp8 needs a GPU, and there is none")
+        kwargs["quantization_config"] = FineGrainedFP8Config()
+    device = config.device
+    if device is None and torch.cuda.device_count() > 1:
+        device = "auto"
+    return load_model(config.model, device=device, trust_remote_code=config.trust_remote_code, model_kwargs=kwargs)
+
+
+def _set_seed(seed: int) -> None:
+    set_seed(seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+@contextlib.contextmanager
+def _attention(implementation: str, model: PreTrainedModel) -> Iterator[None]:
+    """Have a model compute attention in another way, for a while."""
+    before = model.config._attn_implementation
+    if implementation == before:
+        yield
+        return
+    logger.info("Attention is computed by %s", implementation)
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _delimiter_for(
+    press: BasePress | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[PreTrainedTokenizerBase, str]]:
+    """The tokenizer to use and what to put between context and question: FinchPress needs a token of its own there."""
+    if not isinstance(press, FinchPress):
+        yield tokenizer, ""
+        return
+    embeddings, head, text_config = (
+        model.get_input_embeddings(),
+        model.get_output_embeddings(),
+        model.config.get_text_config(),
+    )
+    weights = (embeddings.weight.data, embeddings.num_embeddings, embeddings.padding_idx)
+    n_outputs, vocab_size = head.out_features, text_config.vocab_size
+    tokenizer = copy.deepcopy(tokenizer)
+    press.update_model_and_tokenizer(model, tokenizer)
+    try:
+        yield tokenizer, press.delimiter_token
+    finally:
+        # The embeddings were given more rows in place, and the head was replaced or tied to them.
+        embeddings.weight.data, embeddings.num_embeddings, embeddings.padding_idx = weights
+        head.out_features, text_config.vocab_size = n_outputs, vocab_size
+        model.set_output_embeddings(head)

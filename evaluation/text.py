@@ -1,0 +1,122 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""Long real text to measure on: one that every Python carries, or the user's own, cut into windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Window:
+    """
+    A stretch of a text: a context to prefill, and the tokens that truly follow it.
+
+    Parameters
+    ----------
+    context_ids : torch.Tensor
+        Token ids, int64, shape ``(1, context_length)``. They begin with the tokenizer's begin-of-sequence token if it
+        puts one before each text.
+    continuation_ids : torch.Tensor
+        Token ids that follow the context in the text, int64, shape ``(1, continuation_length)``.
+    start : int
+        Where in the text the window begins, in tokens.
+    """
+
+    context_ids: torch.Tensor
+    continuation_ids: torch.Tensor
+    start: int
+
+
+def built_in_text() -> str:
+    """
+    The Python reference manual's topics, as ``help()`` shows them: about 465,000 characters of technical prose.
+
+    It comes with Python's standard library, so it needs no download. Its words differ a little between Python versions.
+    """
+    # A late import: half a megabyte of strings that a user's own text does without.
+    from pydoc_data.topics import topics
+
+    # Some topics are filed under several names.
+    return "\n\n\n".join(dict.fromkeys(topics[name].strip() for name in sorted(topics)))
+
+
+def read_text(text_file: str | Path | None = None) -> str:
+    """
+    The user's text, or the built-in one if no file is given.
+
+    Raises
+    ------
+    ValueError
+        If the file is no UTF-8 text.
+    OSError
+        If it cannot be read.
+    """
+    if text_file is None:
+        return built_in_text()
+    try:
+        return Path(text_file).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text_file} is not UTF-8 text: {error}") from error
+
+
+def cut_windows(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    n_windows: int,
+    context_length: int,
+    continuation_length: int,
+) -> list[Window]:
+    """
+    Cut windows out of a text, spread evenly from its first token to its last, none overlapping another.
+
+    The same text, tokenizer and lengths give the same windows.
+
+    Parameters
+    ----------
+    text : str
+        Long enough for all the windows.
+    tokenizer : PreTrainedTokenizerBase
+        The model's.
+    n_windows : int
+        How many.
+    context_length, continuation_length : int
+        Tokens in each context and in each continuation.
+
+    Returns
+    -------
+    list[Window]
+        In the order of the text.
+
+    Raises
+    ------
+    ValueError
+        If a length is not positive, or the text is too short.
+    """
+    for name, value in (
+        ("n_windows", n_windows),
+        ("context_length", context_length),
+        ("continuation_length", continuation_length),
+    ):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    # verbose=False: the whole text is longer than the model's context, its windows are not.
+    token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    prefix = [index for index in tokenizer("").input_ids if index == tokenizer.bos_token_id]
+    n_read = context_length - len(prefix) + continuation_length
+    if n_windows * n_read > len(token_ids):
+        raise ValueError(
+            f"the text has {len(token_ids)} tokens, but {n_windows} windows of "
+            f"{context_length} + {continuation_length} tokens need {n_windows * n_read}"
+        )
+    last_start = len(token_ids) - n_read
+    starts = [last_start // 2] if n_windows == 1 else [last_start * i // (n_windows - 1) for i in range(n_windows)]
+    windows = []
+    for start in starts:
+        token_window = torch.tensor([prefix + token_ids[start : start + n_read]])
+        windows.append(Window(token_window[:, :context_length], token_window[:, context_length:], start))
+    return windows
