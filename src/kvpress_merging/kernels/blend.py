@@ -116,8 +116,8 @@ def cosine_blend(
     ValueError
         If ``tile_bytes`` is below 1 or ``kernel`` is unknown.
     """
-    value_scale, value_norm = row_norms(values)
-    similarity, target = nearest_survivors(keys, value_scale.isfinite(), eviction, tile_bytes=tile_bytes, kernel=kernel)
+    value_norm = row_norms(values)
+    similarity, target = nearest_survivors(keys, value_norm.isfinite(), eviction, tile_bytes=tile_bytes, kernel=kernel)
     weight = torch.zeros_like(similarity)
     if eviction.n_evicted == 0 or eviction.n_survivors == 0:
         return Blend(kept_keys, kept_values, similarity, weight, target, torch.zeros_like(target, dtype=torch.bool))
@@ -132,15 +132,14 @@ def cosine_blend(
     )
     weight = similarity.clamp(min=0.0)
     if value_norm_weighting:
-        weight *= _value_norm_ratio(value_scale, value_norm, target, eviction)
+        weight *= _value_norm_ratio(value_norm, target, eviction)
     is_merged = is_selected & (weight > 0)
     weight = torch.where(is_merged, weight, 0.0)
 
-    # Positions that merge nowhere go to a row of their own past the survivors, which is thrown away.
-    row = torch.where(is_merged, target, eviction.survivors.shape[-1])
+    slot = eviction.slots.gather(-1, target)
     return Blend(
-        _weighted_means(keys, kept_keys, eviction, weight, row) if merge_keys else kept_keys,
-        _weighted_means(values, kept_values, eviction, weight, row),
+        _weighted_means(keys, kept_keys, eviction, weight, slot) if merge_keys else kept_keys,
+        _weighted_means(values, kept_values, eviction, weight, slot),
         similarity,
         weight,
         target,
@@ -201,15 +200,13 @@ def select_merges(
     return is_selected
 
 
-def _value_norm_ratio(
-    scale: torch.Tensor, norm: torch.Tensor, target: torch.Tensor, eviction: Eviction
-) -> torch.Tensor:
+def _value_norm_ratio(norm: torch.Tensor, target: torch.Tensor, eviction: Eviction) -> torch.Tensor:
     """
     ``|v_i| / (|v_i| + |v_j(i)|)`` for each evicted position, 0 where both are 0.
 
     Parameters
     ----------
-    scale, norm : torch.Tensor
+    norm : torch.Tensor
         Of the values, as :func:`row_norms` returns them.
     target : torch.Tensor
         int64, shape ``(bsz, num_key_value_heads, n_evicted)``.
@@ -221,12 +218,9 @@ def _value_norm_ratio(
     torch.Tensor
         float32, shape ``(bsz, num_key_value_heads, n_evicted)``; of no meaning where a value is not finite.
     """
-    target_position = eviction.survivors.gather(-1, target)
-    evicted_scale, target_scale = scale.gather(-1, eviction.evicted), scale.gather(-1, target_position)
-    larger = torch.maximum(evicted_scale, target_scale)
-    evicted_norm = evicted_scale / larger * norm.gather(-1, eviction.evicted)
-    target_norm = target_scale / larger * norm.gather(-1, target_position)
-    return torch.where(evicted_norm > 0, evicted_norm / (evicted_norm + target_norm), 0.0)
+    evicted_norm = norm.gather(-1, eviction.evicted)
+    sum_of_norms = norm.gather(-1, eviction.survivors.gather(-1, target)).add_(evicted_norm)
+    return (evicted_norm / sum_of_norms.masked_fill_(sum_of_norms == 0, 1.0)).float()
 
 
 def _weighted_means(
@@ -234,10 +228,10 @@ def _weighted_means(
     kept_rows: torch.Tensor,
     eviction: Eviction,
     weight: torch.Tensor,
-    row: torch.Tensor,
+    slot: torch.Tensor,
 ) -> torch.Tensor:
     """
-    ``(r_j + sum w_i r_i) / (1 + sum w_i)`` in the slots of the survivors j that take something, the rest untouched.
+    ``(r_j + sum w_i r_i) / (1 + sum w_i)`` in the slots j that take something, the rest untouched.
 
     Each term is multiplied by its share ``w_i / (1 + sum w)`` before it is added, so that every partial sum stays
     within the hull of the rows and finite rows give a finite mean.
@@ -251,53 +245,42 @@ def _weighted_means(
     eviction : Eviction
         Which positions survived and which were evicted.
     weight : torch.Tensor
-        ``w_i``, float32, shape ``(bsz, num_key_value_heads, n_evicted)``.
-    row : torch.Tensor
-        The survivor that each takes part in, or ``n_survivors`` for none, int64, same shape.
+        ``w_i``, float32, shape ``(bsz, num_key_value_heads, n_evicted)``; those that merge nowhere have 0.
+    slot : torch.Tensor
+        The slot that each goes to, int64, same shape.
 
     Returns
     -------
     torch.Tensor
         New contiguous tensor like ``kept_rows``.
     """
-    bsz, num_key_value_heads, n_slots, head_dim = kept_rows.shape
-    # One row more than there are slots: what survivors that take nothing would write goes there.
-    all_slots = kept_rows.new_empty((bsz * num_key_value_heads * n_slots + 1, head_dim))
-    blended = all_slots[:-1].view(kept_rows.shape)
-    blended.copy_(kept_rows)
-
-    bytes_per_head = 4 * (eviction.survivors.shape[-1] + eviction.evicted.shape[-1]) * max(1, head_dim)
+    n_slots, head_dim = kept_rows.shape[2:]
+    blended = torch.empty_like(kept_rows, memory_format=torch.contiguous_format)
+    bytes_per_head = 4 * (n_slots + eviction.evicted.shape[-1]) * max(1, head_dim)
     heads_per_block = max(1, block_bytes(rows.device) // bytes_per_head)
-    for b, heads, n_survivors, n_evicted in head_blocks(eviction, heads_per_block):
-        if n_survivors == 0 or n_evicted == 0:
+    limit = torch.finfo(torch.float32).max
+    for b, heads, _, n_evicted in head_blocks(eviction, heads_per_block):
+        kept = kept_rows[b, heads]
+        if n_evicted == 0:
+            blended[b, heads] = kept
             continue
-        # One row more than there are survivors: what merges nowhere goes there.
-        n_heads, n_rows = heads.stop - heads.start, n_survivors + 1
-        first_row = torch.arange(0, n_heads * n_rows, n_rows, device=rows.device)[:, None]
-        to_row = (row[b, heads, :n_evicted].clamp(max=n_survivors) + first_row).view(-1)
+        # What merges nowhere goes to one row more than there are slots: it may not be finite.
+        n_rows = len(kept) * n_slots
         flat_weight = weight[b, heads, :n_evicted].reshape(-1)
-        total = torch.zeros(n_heads * n_rows, dtype=torch.float32, device=rows.device).index_add_(
-            0, to_row, flat_weight
-        )
-        share = flat_weight / (1 + total[to_row])
-        own_share = 1 / (1 + total).view(n_heads, n_rows, 1)[:, :-1]
+        first_row = torch.arange(0, n_rows, n_slots, device=rows.device)[:, None]
+        to_row = (slot[b, heads, :n_evicted] + first_row).view(-1).masked_fill_(flat_weight == 0, n_rows)
+        total = torch.zeros(n_rows + 1, dtype=torch.float32, device=rows.device).index_add_(0, to_row, flat_weight)
+        own_share = 1 / (1 + total)
+        share = own_share[to_row].mul_(flat_weight)
 
-        mean = torch.empty(n_heads, n_rows, head_dim, dtype=torch.float32, device=rows.device)
-        survivors = eviction.survivors[b, heads, :n_survivors]
-        torch.mul(gather_rows(rows[b, heads], survivors).float(), own_share, out=mean[:, :-1])
         evicted = gather_rows(rows[b, heads], eviction.evicted[b, heads, :n_evicted]).float().view(-1, head_dim)
-        mean.view(-1, head_dim).index_add_(0, to_row, evicted.mul_(share[:, None]))
+        mean = torch.empty(n_rows + 1, head_dim, dtype=torch.float32, device=rows.device)
+        torch.mul(kept, own_share[:-1].view(*kept.shape[:2], 1), out=mean[:-1].view(kept.shape))
+        mean.index_add_(0, to_row, evicted.mul_(share[:, None]))
         # Shares add up to 1 but for rounding, which must not push the largest float32 over the edge.
-        limit = torch.finfo(torch.float32).max
-        mean = mean[:, :-1].clamp_(-limit, limit).to(blended.dtype)
-
-        first_slot = torch.arange(heads.start, heads.stop, device=rows.device)[:, None] + b * num_key_value_heads
-        to_slot = eviction.slots[b, heads, :n_survivors] + first_slot * n_slots
-        takes_nothing = total.view(n_heads, n_rows)[:, :-1] == 0
-        to_slot = to_slot.masked_fill(takes_nothing, len(all_slots) - 1)
-        all_slots.index_copy_(0, to_slot.view(-1), mean.reshape(-1, head_dim))
-    # Detached, since autograd forbids to write into views that were made without it.
-    return blended.detach()
+        mean = mean[:-1].clamp_(-limit, limit).view(kept.shape).to(kept.dtype)
+        torch.where((total[:-1] > 0).view(*kept.shape[:2], 1), mean, kept, out=blended[b, heads])
+    return blended
 
 
 def naive_cosine_blend(

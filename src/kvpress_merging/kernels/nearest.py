@@ -93,9 +93,9 @@ def gather_rows(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return flat.view(*positions.shape, head_dim)
 
 
-def row_norms(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def row_norms(rows: torch.Tensor) -> torch.Tensor:
     """
-    Norm of each row as two factors, neither of which overflows or vanishes for a finite row.
+    Euclidean norm of each row, in float64, where no square of a finite float32 overflows or vanishes.
 
     Parameters
     ----------
@@ -104,33 +104,12 @@ def row_norms(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Returns
     -------
-    scale : torch.Tensor
-        Largest magnitude in the row, float32, shape ``(bsz, num_key_value_heads, k_len)``; finite exactly where the
-        whole row is finite in float32.
-    norm : torch.Tensor
-        Euclidean norm of the row divided by its scale, same shape: at least 1, but 0 for a zero row. Of no meaning
-        where the scale is not finite.
+    torch.Tensor
+        float64, shape ``(bsz, num_key_value_heads, k_len)``; finite exactly where the whole row is finite in float32.
     """
-    bsz, num_key_value_heads, k_len, head_dim = rows.shape
-    scale = torch.empty((bsz, num_key_value_heads, k_len), dtype=torch.float32, device=rows.device)
-    norm = torch.empty_like(scale)
-    n_rows = max(1, block_bytes(rows.device) // max(1, 4 * head_dim))
-    n_heads, n_positions = max(1, n_rows // max(1, k_len)), max(1, min(n_rows, k_len))
-    for b in range(bsz):
-        for h in range(0, num_key_value_heads, n_heads):
-            for k in range(0, k_len, n_positions):
-                index = (b, slice(h, h + n_heads), slice(k, k + n_positions))
-                block = rows[index].float()
-                # Both reductions pass a NaN on, and together they need no copy for the magnitudes.
-                largest = torch.maximum(block.amax(dim=-1), -block.amin(dim=-1))
-                scale[index] = largest
-                norm[index] = torch.linalg.vector_norm(block / divisor(largest)[..., None], dim=-1)
-    return scale, norm
-
-
-def divisor(scale: torch.Tensor) -> torch.Tensor:
-    """The scale, with 1 in place of 0."""
-    return scale.masked_fill(scale == 0, 1.0)
+    if rows.dtype == torch.float64:
+        rows = rows.float()
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
 
 
 def naive_nearest_survivors(
@@ -210,9 +189,9 @@ def nearest_survivors(
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r}")
 
-    scale, norm = row_norms(keys)
-    is_usable = scale.isfinite() & has_finite_value
-    scale, norm = divisor(scale), divisor(norm)
+    norm = row_norms(keys)
+    is_usable = norm.isfinite() & has_finite_value
+    root = norm.masked_fill_(norm == 0, 1.0).rsqrt_().float()
     similarity = torch.full(eviction.evicted.shape, -torch.inf, dtype=torch.float32, device=keys.device)
     target = torch.zeros_like(eviction.evicted)
 
@@ -224,8 +203,7 @@ def nearest_survivors(
             continue
         _search(
             keys[b, heads],
-            scale[b, heads],
-            norm[b, heads],
+            root[b, heads],
             is_usable[b, heads],
             eviction.survivors[b, heads, :n_survivors],
             eviction.evicted[b, heads, :n_evicted],
@@ -238,8 +216,7 @@ def nearest_survivors(
 
 def _search(
     keys: torch.Tensor,
-    scale: torch.Tensor,
-    norm: torch.Tensor,
+    root: torch.Tensor,
     is_usable: torch.Tensor,
     survivors: torch.Tensor,
     evicted: torch.Tensor,
@@ -250,44 +227,43 @@ def _search(
     """
     Search a block of heads, tile by tile, and write ``similarity`` and ``target`` in place.
 
-    Shapes are those of :func:`nearest_survivors` without the batch axis and without padding.
+    Shapes are those of :func:`nearest_survivors` without the batch axis and without padding; ``root`` is one over the
+    square root of the keys' norms.
     """
     n_heads, n_evicted = evicted.shape
-    _, n_rows, n_columns = tile_shape(survivors.shape[-1], n_evicted, keys.device, tile_bytes)
+    n_survivors = survivors.shape[-1]
+    _, n_rows, n_columns = tile_shape(n_survivors, n_evicted, keys.device, tile_bytes)
     buffer = torch.empty(n_heads * n_rows * n_columns, dtype=torch.float32, device=keys.device)
 
     # A survivor that must not be chosen stands in as a copy of the lowest one that may: the copy can only tie with it,
-    # and a copy that wins the tie is read as the original below. Padding is made of the same copies.
+    # and is read as the original below. Padding is made of the same copies. An evicted position that is not finite
+    # spoils its own column alone.
     is_target = is_usable.gather(-1, survivors)
-    has_target = is_target.any(dim=-1, keepdim=True)
     lowest = is_target.to(torch.uint8).argmax(dim=-1, keepdim=True)
-    stand_in = survivors.gather(-1, lowest)
-    candidates = _pad(torch.where(is_target, survivors, stand_in), stand_in)
-    is_query = is_usable.gather(-1, evicted)
-    queries = _pad(torch.where(is_query, evicted, stand_in), stand_in)
+    origin = torch.where(is_target, torch.arange(n_survivors, device=keys.device), lowest)
+    origin = torch.cat([origin, lowest.expand(-1, -n_survivors % _SIDE_MULTIPLE)], dim=-1)
+    queries = F.pad(evicted, (0, -n_evicted % _SIDE_MULTIPLE))
 
-    blocks = _unit_keys(keys, scale, norm, candidates).split(n_rows, dim=1)
+    blocks = _unit_keys(keys, root, survivors.gather(-1, origin)).split(n_rows, dim=1)
     best, index = [], []
     for block_of_queries in queries.split(n_columns, dim=1):
-        query_keys = _unit_keys(keys, scale, norm, block_of_queries).transpose(1, 2)
+        query_keys = _unit_keys(keys, root, block_of_queries).transpose(1, 2)
         best_of_groups, row_of_groups, n_before = [], [], 0
         for block in blocks:
             shape = (n_heads, block.shape[1], query_keys.shape[2])
             tile = torch.bmm(block, query_keys, out=buffer[: prod(shape)].view(shape))
             best_of_group, row_of_group = _first_max(tile, _POOL)
             best_of_groups.append(best_of_group)
-            row_of_groups.append(row_of_group + n_before)
+            row_of_groups.append(row_of_group + n_before if n_before else row_of_group)
             n_before += block.shape[1]
         all_best = torch.cat(best_of_groups, dim=1)
         best_of_all, group = _first_max(all_best, all_best.shape[1])
         best.append(best_of_all[:, 0])
         index.append(torch.cat(row_of_groups, dim=1).gather(1, group)[:, 0])
 
-    found = torch.cat(best, dim=-1)[:, :n_evicted]
-    chosen = torch.cat(index, dim=-1)[:, :n_evicted]
-    similarity.copy_(found.masked_fill(~(is_query & has_target), -torch.inf))
-    is_original = _pad(is_target, torch.zeros_like(has_target)).gather(-1, chosen)
-    target.copy_(torch.where(is_original, chosen, lowest))
+    is_found = is_usable.gather(-1, evicted) & is_target.gather(-1, lowest)
+    similarity.copy_(torch.cat(best, dim=-1)[:, :n_evicted].masked_fill(~is_found, -torch.inf))
+    target.copy_(origin.gather(-1, torch.cat(index, dim=-1)[:, :n_evicted]))
 
 
 def tile_shape(n_survivors: int, n_evicted: int, device: torch.device, tile_bytes: int) -> tuple[int, int, int]:
@@ -306,16 +282,12 @@ def tile_shape(n_survivors: int, n_evicted: int, device: torch.device, tile_byte
     return max(1, n_cosines // (n_rows * n_columns)), n_rows, n_columns
 
 
-def _pad(entries: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
-    """Lengthen ``(n_heads, n)`` to a multiple of ``_SIDE_MULTIPLE`` with the one entry per head of ``padding``."""
-    n_missing = -entries.shape[-1] % _SIDE_MULTIPLE
-    return torch.cat([entries, padding.expand(-1, n_missing)], dim=-1) if n_missing else entries
-
-
-def _unit_keys(keys: torch.Tensor, scale: torch.Tensor, norm: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _unit_keys(keys: torch.Tensor, root: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Keys at these positions with norm 1, in float32, ``head_dim`` padded with zeros to ``_HEAD_DIM_MULTIPLE``."""
     unit = gather_rows(keys, positions).float()
-    unit.div_(scale.gather(-1, positions)[..., None]).div_(norm.gather(-1, positions)[..., None])
+    factor = root.gather(-1, positions)[..., None]
+    # Twice, since one over the norm itself may be too large or too small for float32.
+    unit.mul_(factor).mul_(factor)
     n_missing = -unit.shape[-1] % _HEAD_DIM_MULTIPLE
     return F.pad(unit, (0, n_missing)) if n_missing else unit
 
