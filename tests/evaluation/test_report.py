@@ -1,0 +1,517 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from kvpress import AdaKVPress, ExpectedAttentionPress, KnormPress, SnapKVPress
+from kvpress import MergingPress as KVPressMergingPress
+from tiny import tiny_model, tiny_tokenizer
+
+from evaluation.__main__ import main
+from evaluation.collect import read_results
+from evaluation.compare import ALL_TASKS, compare_folders, compare_runs, compare_twins
+from evaluation.comparisons import compare_all
+from evaluation.config import EvaluationConfig
+from evaluation.evaluate import run
+from evaluation.report import MARKER
+from evaluation.runs import is_twin, read_run
+from evaluation.statistics import paired_difference
+from evaluation.tables import as_markdown
+from kvpress_merging import MergingPress
+
+HOSTILE = "</script><img src=x onerror=\"window.hacked=1\">|$x_y$ & 'q'"
+VERSIONS = {"python": "3.11", "torch": "2.13.0", "kvpress": "0.5.5", "kvpress-merging": "0.1.0"}
+
+
+def write_run(root, press_name, press, scores, *, seconds=0.5, identity="a", versions=VERSIONS, **settings):
+    """A run's folder; ``scores`` is a mapping of tasks to lists, or the KLs of windows."""
+    is_fidelity = not isinstance(scores, dict)
+    config = EvaluationConfig(
+        dataset="fidelity" if is_fidelity else "ruler-synthetic", press_name=press_name, output_dir=root, **settings
+    )
+    rows = []
+    for task, values in {"fidelity": scores}.items() if is_fidelity else scores.items():
+        for score in values:
+            row = {"sample": len(rows), "task": task, "compression_ratio": config.compression_ratio}
+            if is_fidelity:
+                row |= {"start": 100 * len(rows), "kl": score, "nll": 2 + score, "nll_full": 2.0}
+                row |= {"top1_agreement": 1 - score, "attention_error": score / 2, "prefill_seconds": seconds}
+            else:
+                row |= {"question": "?", "answer": json.dumps([identity]), "predicted_answer": "1"}
+                row |= {"seconds": seconds, "string_match": score}
+            rows.append(row)
+    predictions = pd.DataFrame(rows)
+    names = ["kl", "nll", "nll_full", "top1_agreement", "attention_error"] if is_fidelity else ["string_match"]
+    metrics = {task: group[names].mean().to_dict() for task, group in predictions.groupby("task")}
+    folder = root / config.folder_name()
+    number = 0
+    while folder.exists():
+        number += 1
+        folder = root / config.folder_name() / str(number)
+    folder.mkdir(parents=True)
+    config.press_init_command = str(press)
+    config.save(folder / "config.yaml", versions)
+    predictions.to_csv(folder / "predictions.csv", index=False)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Knorm at 0.5 on two tasks, bare and merged."""
+    bare = write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0, 0, 100, 50], "vt": [100, 0]})
+    merged = write_run(
+        tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), {"qa": [100, 0, 100, 25], "vt": [100, 100]}
+    )
+    return bare, merged
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """A small sweep: two presses, two ratios, two tasks (one with a hostile name) and fidelity."""
+    root = tmp_path_factory.mktemp("results")
+    generator = np.random.default_rng(0)
+
+    def draw(rate):
+        return {task: (100.0 * (generator.uniform(size=8) < rate)).tolist() for task in ("niah", HOSTILE)}
+
+    write_run(root, "no_press", None, draw(1))
+    write_run(root, "no_press", None, [0.0] * 8)
+    for name, press in (("knorm", KnormPress), ("snapkv", SnapKVPress)):
+        for ratio in (0.25, 0.75):
+            kl = generator.uniform(0.1, 0.2, size=8)
+            settings = {"compression_ratio": ratio}
+            write_run(root, name, press(ratio), draw(1 - ratio), **settings)
+            write_run(root, f"merging_{name}", MergingPress(press(ratio)), draw(1.1 - ratio), **settings)
+            write_run(root, name, press(ratio), kl.tolist(), **settings)
+            write_run(root, f"merging_{name}", MergingPress(press(ratio)), (kl * 0.9).tolist(), **settings)
+    reference = {"press_name": "knorm", "dataset": "ruler-synthetic", "data_dir": "1024", "model": "smollm2"}
+    rows = [
+        {**reference, "compression_ratio": 0.5, "score": 77.7, "source": "https://example.org/board"},
+        {**reference, "model": "other", "compression_ratio": 0.5, "score": 66.6, "source": "javascript:alert(1)"},
+    ]
+    (root / "sweep.yaml").write_text(yaml.safe_dump({"presses": ["knorm"], "reference": rows}))
+    (root / "errors").mkdir()
+    error = {"cell": "broken cell", "config": {}, "error": f"OSError: {HOSTILE}", "traceback": "Traceback: it broke"}
+    (root / "errors" / "broken.json").write_text(json.dumps(error))
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(results) -> Path:
+    main(["report", str(results), "--output_dir", str(results.parent / "first report")])
+    return results.parent / "first report"
+
+
+# What belongs together.
+
+
+def test_a_merged_run_is_compared_with_the_press_inside(pair):
+    bare, merged = map(read_run, pair)
+    assert (bare.kind, merged.kind) == ("bare", "merged")
+    assert is_twin(merged, bare)
+    assert not is_twin(bare, merged)
+    assert not is_twin(bare, bare)
+
+
+def test_a_comparison_has_paper_and_pencil_numbers(pair):
+    table = compare_runs(*map(read_run, pair), benchmark="b").set_index("task")
+    qa = table.loc["qa"]
+    assert (qa["bare"], qa["merged"], qa["difference"]) == (37.5, 56.25, 18.75)
+    assert (qa["n_samples"], qa["wins"], qa["ties"], qa["losses"]) == (4, 1, 2, 1)
+    assert table.loc[ALL_TASKS, "difference"] == (18.75 + 50) / 2
+    assert table.loc[ALL_TASKS, "n_samples"] == 6
+    expected = paired_difference([[100, 0, 0, -25], [0, 100]])
+    assert tuple(table.loc[ALL_TASKS, ["low", "high", "p"]]) == (expected.low, expected.high, expected.p_value)
+
+
+def test_holm_is_over_the_tasks_of_a_comparison(tmp_path):
+    tasks = {"a": [0.0] * 6, "b": [0.0] * 6, "c": [0.0] * 6}
+    bare = write_run(tmp_path, "knorm", KnormPress(0.5), tasks)
+    better = {"a": [100.0] * 6, "b": [100.0] * 5 + [0.0], "c": [0.0] * 6}
+    merged = write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), better)
+    table = compare_runs(read_run(bare), read_run(merged), "b").set_index("task")
+    assert table["p"].to_dict() == {"a": 2 / 64, "b": 2 / 32, "c": 1, ALL_TASKS: 2 / 2048}
+    assert table["p_holm"].to_dict() == {"a": 6 / 64, "b": 4 / 32, "c": 1, ALL_TASKS: 2 / 2048}
+    assert table.loc[ALL_TASKS, "verdict"] == "better"
+    assert table.loc["a", "verdict"] == "no difference shown"
+
+
+def test_of_kl_less_is_better_and_of_agreement_more(tmp_path):
+    bare = write_run(tmp_path, "knorm", KnormPress(0.5), [0.2] * 8)
+    merged = write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), [0.1] * 8)
+    table = compare_runs(read_run(bare), read_run(merged), "b").set_index("metric")
+    assert sorted(table.index) == ["attention_error", "kl", "nll_increase", "top1_agreement"]
+    assert (table["verdict"] == "better").all()
+    assert (table["wins"] == 8).all()
+    assert table["difference"].to_dict() == pytest.approx(
+        {"kl": -0.1, "nll_increase": -0.1, "attention_error": -0.05, "top1_agreement": 0.1}
+    )
+    assert table.loc["kl", "direction"] == "lower is better"
+    assert table.loc["top1_agreement", "direction"] == "higher is better"
+
+
+@pytest.mark.parametrize(
+    "different", [{"seed": 1}, {"data_dir": "2048"}, {"model": "other"}, {"query_aware": True}, {"n_samples": 3}]
+)
+def test_runs_that_differ_in_a_setting_are_no_twins(tmp_path, different):
+    bare = write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [1.0]})
+    merged = write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), {"qa": [1.0]}, **different)
+    assert not is_twin(read_run(merged), read_run(bare))
+    benchmarks, notes = compare_all(read_results(tmp_path))
+    assert sum(len(benchmark.table) for benchmark in benchmarks) == 0
+    assert len({benchmark.label for benchmark in benchmarks}) == 2
+    assert any("has no run of the bare press" in note for note in notes)
+
+
+def test_runs_at_different_ratios_are_no_twins(tmp_path):
+    write_run(tmp_path, "knorm", KnormPress(0.25), {"qa": [1.0]}, compression_ratio=0.25)
+    write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), {"qa": [1.0]})
+    assert compare_twins(read_results(tmp_path).runs, "b")[0].empty
+
+
+def test_other_merge_settings_are_other_comparisons_named_by_what_is_not_default(tmp_path):
+    write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0.0, 1.0]})
+    for threshold in (None, 0.5, 0.0):
+        press = MergingPress(KnormPress(0.5), similarity_threshold=threshold or 0.0)
+        write_run(tmp_path, "merging_knorm", press, {"qa": [1.0, 1.0]}, similarity_threshold=threshold)
+    table, _ = compare_twins(read_results(tmp_path).runs, "b")
+    assert sorted(table["kind"]) == ["merged", "merged, similarity_threshold=0.5"]
+
+
+def test_a_press_that_python_cannot_parse_is_found_by_its_name(tmp_path):
+    write_run(tmp_path, "knorm", "KnormPress(hook=<function f at 0x7f>)", {"qa": [0.0]})
+    write_run(tmp_path, "snapkv", "SnapKVPress(hook=<function f at 0x7f>)", {"qa": [0.0]})
+    merged = write_run(tmp_path, "merging_knorm", "MergingPress(press=KnormPress(hook=<f>), x=1)", {"qa": [1.0]})
+    runs = read_results(tmp_path).runs
+    assert [bare.press_name for bare in runs if is_twin(read_run(merged), bare)] == ["knorm"]
+
+
+def test_kvpresss_own_merging_press_is_not_taken_for_ours(tmp_path):
+    write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0.0]})
+    write_run(tmp_path, "merging_knorm", KVPressMergingPress(KnormPress(0.5)), {"qa": [1.0]})
+    assert compare_twins(read_results(tmp_path).runs, "b")[0].empty
+
+
+def test_a_matching_press_is_compared_too_and_called_so(tmp_path):
+    write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0.0]})
+    folder = write_run(tmp_path, "merging_knorm", "AttentionMatchingPress(press=KnormPress(compression_ratio=0.5))",
+                       {"qa": [1.0]})  # fmt: skip
+    assert read_run(folder).kind == "matching"
+    assert compare_twins(read_results(tmp_path).runs, "b")[0]["kind"].tolist() == ["matching"]
+
+
+def test_presses_go_by_the_name_of_their_bare_run_and_no_two_by_one_name(tmp_path):
+    inner = AdaKVPress(ExpectedAttentionPress(0.5, epsilon=1e-2))
+    write_run(tmp_path, "expected_attention", inner, {"qa": [0.0]})
+    write_run(tmp_path, "merging_adakv_expected_attention", MergingPress(inner), {"qa": [0.0]})
+    write_run(tmp_path, "merging_expected_attention", MergingPress(ExpectedAttentionPress(0.5)), {"qa": [0.0]})
+    names = {run.press_name: run.press for run in read_results(tmp_path).runs}
+    assert names["merging_adakv_expected_attention"] == names["expected_attention"] == "expected_attention"
+    assert names["merging_expected_attention"] == "expected_attention (ExpectedAttentionPress)"
+
+
+def test_of_repeats_the_newest_is_taken_and_told(tmp_path):
+    for score in range(12):
+        write_run(tmp_path / "deep" / "down", "knorm", KnormPress(0.5), {"qa": [float(score)]})
+    results = read_results(tmp_path)
+    (run,) = results.runs
+    assert run.scores["string_match"].tolist() == [11]
+    assert "was run 12 times" in results.notes[0]
+
+
+def test_only_shared_samples_are_compared_and_told(pair):
+    file = pair[1] / "predictions.csv"
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
+    table, notes = compare_folders(*pair)
+    assert table.set_index("task").loc["vt", "n_samples"] == 1
+    assert any("5 samples are in both runs, of 6 and 5" in note for note in notes)
+
+
+def test_samples_without_a_score_are_left_out_and_told(pair):
+    predictions = pd.read_csv(pair[1] / "predictions.csv").astype({"string_match": float})
+    predictions.loc[0, "string_match"] = math.inf
+    predictions.to_csv(pair[1] / "predictions.csv", index=False)
+    table, notes = compare_folders(*pair)
+    assert table.set_index("task").loc["qa", "n_samples"] == 3
+    assert any("1 samples without a finite string_match" in note for note in notes)
+
+
+def test_different_samples_are_an_error(tmp_path, capsys):
+    write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0.0, 1.0]})
+    write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), {"qa": [0.0, 1.0]}, identity="b")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["report", str(tmp_path)])
+    assert exit_info.value.code == 2
+    err = capsys.readouterr().err
+    assert "sample 0 is not the same" in err
+    assert "answer differs" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "report").exists()
+
+
+def test_different_windows_are_an_error(tmp_path):
+    bare = write_run(tmp_path, "knorm", KnormPress(0.5), [0.2] * 3)
+    merged = write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), [0.1] * 3)
+    predictions = pd.read_csv(merged / "predictions.csv").assign(nll_full=[2.0, 2.0, 3.0])
+    predictions.to_csv(merged / "predictions.csv", index=False)
+    with pytest.raises(ValueError, match=r"sample 2 is not the same .* full cache differs"):
+        compare_runs(read_run(bare), read_run(merged), "b")
+
+
+def test_each_task_may_have_a_metric_of_its_own(pair):
+    for folder in pair:
+        predictions = pd.read_csv(folder / "predictions.csv")
+        is_qa = predictions["task"] == "qa"
+        score = predictions.pop("string_match")
+        predictions.assign(f1=score.where(is_qa), rouge_l=score.where(~is_qa)).to_csv(
+            folder / "predictions.csv", index=False
+        )
+        (folder / "metrics.json").write_text(json.dumps({"qa": {"f1": 1.0}, "vt": {"rouge_l": 1.0}}))
+    table = compare_runs(*map(read_run, pair), benchmark="b")
+    assert table["metric"].tolist() == ["score"] * 3
+    assert table["task"].tolist() == ["qa", "vt", ALL_TASKS]
+
+
+# The commands.
+
+
+def test_two_runs_are_compared_on_the_command_line(pair, capsys):
+    main(["compare", *map(str, pair)])
+    out = capsys.readouterr().out
+    assert re.search(r"all tasks +6 +43\.8 +78\.1 +\+34\.4 ", out)
+    assert "1/2/1" in out
+
+
+def test_in_a_narrow_terminal_names_differences_and_verdicts_stay(pair, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    main(["compare", *map(str, pair)])
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, out.splitlines())) <= 80
+    for text in ("knorm", "all tasks", "+34.4", "1/2/1"):
+        assert text in " ".join(out.split()) or all(part in out for part in text.split())
+    assert "…" not in out
+
+
+def test_two_folders_are_compared_run_by_run(tmp_path, capsys):
+    for root, score in (("old", 0.0), ("new", 1.0)):
+        write_run(tmp_path / root, "knorm", KnormPress(0.5), {"qa": [score] * 3})
+        write_run(tmp_path / root, "merging_knorm", MergingPress(KnormPress(0.5)), {"qa": [2 * score] * 3})
+    table, _ = compare_folders(tmp_path / "old", tmp_path / "new")
+    assert sorted(table["difference"]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: None, "there are no results"),
+        (lambda root: (root / "sweep.yaml").write_text("reference: [{score: x}]") and keep(root), "sweep.yaml"),
+        (lambda root: (keep(root) / "predictions.csv").write_text("a,b\n1,2\n"), "lacks the columns sample and task"),
+        (lambda root: (keep(root) / "metrics.json").write_text("{"), "is not a run that can be read"),
+        (lambda root: (keep(root) / "config.yaml").write_text("- 1"), "config.yaml lacks"),
+        (lambda root: (keep(root), (root / "errors").mkdir(), (root / "errors/a.json").write_text("[")), "a.json"),
+        (
+            lambda root: (keep(root), (root / "report").mkdir(), (root / "report/mine").touch()),
+            "holds what is no report",
+        ),
+        (lambda root: (keep(root), (root / "report").touch()), "is not a folder"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_and_leaves_nothing(spoil, message, tmp_path, capsys):
+    spoil(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["report", str(tmp_path)])
+    assert exit_info.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("python -m evaluation report: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def keep(root):
+    """A run, so that there is one."""
+    return write_run(root, "knorm", KnormPress(0.5), {"qa": [0.0]})
+
+
+def test_a_report_of_bare_runs_alone_says_that_there_is_nothing_to_compare(tmp_path, capsys):
+    keep(tmp_path)
+    main(["report", str(tmp_path)])
+    assert "no merged run with a bare run" in capsys.readouterr().out
+    assert (tmp_path / "report" / "index.html").is_file()
+
+
+def test_a_report_is_replaced_but_nothing_else_is(results, tmp_path, capsys):
+    folder = tmp_path / "report"
+    folder.mkdir()  # an empty one is taken
+    main(["report", str(results), "--output_dir", str(folder)])
+    first = {file.name: file.read_bytes() for file in folder.iterdir()}
+    main(["report", str(results), "--output_dir", str(folder)])
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == first
+    assert [place.name for place in tmp_path.iterdir()] == ["report"]
+    (folder / "mine.txt").touch()
+    with pytest.raises(SystemExit):
+        main(["report", str(results), "--output_dir", str(folder)])
+    assert "mine.txt" in capsys.readouterr().err
+    assert (folder / "mine.txt").exists()
+
+
+# What a report holds.
+
+
+def test_what_runs_write_is_what_a_report_reads(tmp_path, capsys):
+    model, tokenizer = tiny_model(), tiny_tokenizer(tmp_path / "tokenizer")
+    settings = {"n_samples": 2, "quiet": True, "output_dir": tmp_path / "results"}
+    for name in ("no_press", "snapkv", "merging_snapkv"):
+        for more in (
+            {"data_dir": "400", "max_new_tokens": 2, "tasks": ["niah_single_1", "vt"]},
+            {"data_dir": "200", "dataset": "fidelity", "continuation_length": 9},
+        ):
+            run(EvaluationConfig(press_name=name, **settings, **more), model, tokenizer)
+    main(["report", str(tmp_path / "results")])
+    table = pd.read_csv(tmp_path / "results" / "report" / "comparisons.csv")
+    assert table["metric"].value_counts().to_dict() == {
+        "string_match": 3, "kl": 1, "nll_increase": 1, "top1_agreement": 1, "attention_error": 1,
+    }  # fmt: skip
+    kl = table.set_index("metric").loc["kl"]
+    folders = {
+        name: next((tmp_path / "results").glob(f"fidelity*__{name}__*")) for name in ("snapkv", "merging_snapkv")
+    }
+    bare, merged = (json.loads((folder / "metrics.json").read_text())["fidelity"]["kl"] for folder in folders.values())
+    assert (kl["bare"], kl["merged"], kl["difference"]) == pytest.approx((bare, merged, merged - bare))
+    assert "Note" not in capsys.readouterr().out
+
+
+def test_a_report_has_tables_plots_and_a_page(report):
+    names = {file.name for file in report.iterdir()}
+    assert {"comparisons.csv", "comparisons.md", "comparisons.txt", "scores.csv", "index.html", MARKER} <= names
+    for dataset in ("fidelity", "ruler-synthetic"):
+        for plot in ("scores", "times", "differences"):
+            assert sum(dataset in name and plot in name for name in names) == 2  # PNG and SVG
+    for file in report.glob("*.svg"):
+        xml.etree.ElementTree.parse(file)
+    for file in report.glob("*.png"):
+        assert file.read_bytes().startswith(b"\x89PNG")
+    assert (report / "index.html").stat().st_size < 600_000
+    table = pd.read_csv(report / "comparisons.csv")
+    assert len(table) == 4 * 3 + 4 * 4  # two tasks and all of them; four metrics
+    scores = pd.read_csv(report / "scores.csv")
+    assert len(scores) == 9 * 2 + 9 * 4
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_hostile_names_are_text_and_nothing_else(report):
+    page = (report / "index.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert [tag for tag, _ in tags.tags].count("script") == 1
+    assert not any(tag in ("img", "iframe", "object", "base") for tag, _ in tags.tags)
+    assert not any(name.startswith("on") for _, attributes in tags.tags for name in attributes)
+    links = [attributes["href"] for tag, attributes in tags.tags if tag == "a"]
+    assert "https://example.org/board" in links
+    assert all(link.startswith(("https://", "#")) for link in links)
+    assert "&lt;/script&gt;" in page
+    assert "<img" not in (report / "comparisons.md").read_text()
+    for file in report.glob("*.svg"):
+        assert not list(xml.etree.ElementTree.parse(file).iter("img"))
+
+
+def test_a_markdown_row_has_as_many_cells_as_its_head():
+    table = pd.DataFrame({"task": ["a|b\nc"], "difference": [0.5], "p": [0.0001]})
+    lines = as_markdown(table).splitlines()
+    assert lines[2] == r"| a\|b c | +0.5000 | &lt;0.001 |"
+
+
+def test_the_page_says_what_made_it_what_failed_and_what_is_published(report):
+    page = (report / "index.html").read_text()
+    for text in ("report: scipy", "runs: kvpress-merging", "broken cell", "Traceback: it broke", "77.7", "66.6"):
+        assert text in page
+    assert "press_init_command" in page
+
+
+# In a browser.
+
+needs_browser = pytest.mark.skipif(
+    importlib.util.find_spec("PySide6") is None or importlib.util.find_spec("PySide6.QtWebEngineCore") is None,
+    reason="no browser: pip install 'PySide6-Addons[webengine]'",
+)
+
+
+def browse(page, width, height, *more):
+    script = Path(__file__).with_name("browser.py")
+    command = [sys.executable, str(script), str(page), str(width), str(height), *map(str, more)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if "cannot open shared object file" in process.stderr:
+        pytest.skip(f"the browser lacks a library of the system: {process.stderr.strip().splitlines()[-1]}")
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def sort_key(text):
+    try:
+        return (0, float(text), "")
+    except ValueError:
+        return (1, 0.0, text)
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 900)])
+def test_in_a_browser_the_page_fits_sorts_and_asks_the_network_for_nothing(report, width, height, tmp_path):
+    seen = browse(report / "index.html", width, height, tmp_path / "page.png")
+    assert seen["innerWidth"] == width
+    assert max(seen["scrollWidth"]) <= width  # with details closed and open
+    assert seen["outside"] == []
+    assert seen["smallest_text"] >= 12
+    assert seen["console"] == []
+    assert seen["requests"] == [(report / "index.html").as_uri()]
+    assert (seen["scripts"], seen["images"], seen["handlers"], seen["hacked"]) == (1, 0, 0, False)
+    assert HOSTILE.split("|")[0] in seen["text"]
+    assert seen["repeated_ids"] == seen["dangling"] == []
+    assert len(seen["svg_sizes"]) == 6
+    assert min(seen["svg_sizes"]) > 0.7 * min(width, 400)
+    assert len(seen["tables"]) >= 6
+    for table in seen["tables"]:
+        assert table["caption"]
+        assert table["row_scopes"] == ["row"]
+        for column in table["columns"]:
+            assert (column["scope"], column["focusable"]) == ("col", 0)
+            (up, ascending, n_marked), (down, descending, _) = column["first"], column["second"]
+            assert (up, down, n_marked) == ("ascending", "descending", 1)
+            filled = [text for text in ascending if text]
+            if all(sort_key(text)[0] == 0 for text in filled):
+                assert [sort_key(text) for text in filled] == sorted(map(sort_key, filled))
+                assert [sort_key(text) for text in descending if text] == sorted(map(sort_key, filled), reverse=True)
+            assert ascending == filled + [""] * (len(ascending) - len(filled))  # what is missing comes last
+            assert sorted(ascending) == sorted(descending)
+    assert (tmp_path / "page.png").stat().st_size > 5000
+
+
+@needs_browser
+def test_in_a_browser_that_prefers_dark_the_page_is_dark(report):
+    ink, paper = (
+        [int(number) for number in re.findall(r"\d+", colour)][:3]
+        for colour in browse(report / "index.html", 360, 740, "", "dark")["colours"]
+    )
+    assert max(paper) < 60
+    assert min(ink) > 200
