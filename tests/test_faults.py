@@ -3,6 +3,7 @@
 """An exception surfaces as it was raised, and leaves model, press and cache as they were."""
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -34,15 +35,32 @@ def input_ids():
 
 def tracks_of(model) -> dict:
     """What a press may leave behind on a model."""
-    tracks: dict = {"attn_implementation": model.config._attn_implementation, "attributes": set(vars(model))}
-    for name, module in model.named_modules():
+    tracks: dict = {"attn_implementation": model.config._attn_implementation}
+    for name, module in model.named_modules(remove_duplicate=False):
         tracks[name] = (
+            set(vars(module)) - {"masked_key_indices"},  # speaks of a cache
+            vars(module).get("forward"),
             len(module._forward_hooks),
             len(module._forward_pre_hooks),
-            "forward" in vars(module),
             len(module._forward_hooks_with_kwargs),
         )
     return tracks
+
+
+@pytest.mark.parametrize("is_patched", [False, True], ids=["as made", "with forwards of its own"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.needs.startswith("delim")])
+def test_a_press_that_is_done_leaves_no_tracks_on_the_model(name, is_patched, llama, input_ids):
+    case = CASES[name]
+    model = copy.deepcopy(llama)
+    if "own model" in case.needs:
+        run(model, case.make(), input_ids)  # adapters are put in for good
+    if is_patched:
+        for module in (model.model, *attention_modules(model)):
+            module.forward = functools.partial(module.forward)
+    model.set_attn_implementation(case.attn_implementation)
+    before = tracks_of(model)
+    run(model, MergingPress(case.make()), input_ids, input_ids[:, :8] if case.moment == "decoding" else None)
+    assert tracks_of(model) == before
 
 
 AT_PREFILL = [name for name, case in CASES.items() if case.moment != "decoding" and not case.needs.startswith("delim")]
@@ -53,10 +71,11 @@ AT_PREFILL = [name for name, case in CASES.items() if case.moment != "decoding" 
 @pytest.mark.parametrize("name", AT_PREFILL)
 def test_an_exception_inside_the_context_leaves_everything_as_it_was(name, where, error, llama, input_ids):
     case = CASES[name]
-    model = copy.deepcopy(llama) if "own model" in case.needs else llama
+    model = copy.deepcopy(llama)
     press = MergingPress(case.make())
     model.set_attn_implementation(case.attn_implementation)
-    run(model, press, input_ids)  # what a press adds to a model for good (adapters) is not ours
+    if "own model" in case.needs:
+        run(model, press, input_ids)  # adapters are put in for good
     clear_masks(model)
     before = tracks_of(model)
     full = run(model, None, input_ids)

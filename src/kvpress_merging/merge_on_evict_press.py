@@ -163,6 +163,10 @@ class MergeOnEvictPress(PressWrapper):
         model : PreTrainedModel
             The model that the press works on.
         """
+        with _tracks_removed(model):
+            yield from self._apply(model)
+
+    def _apply(self, model: PreTrainedModel) -> Generator[None, None, None]:
         attn_implementation = model.config._attn_implementation
         earlier_hooks = {module: set(module._forward_hooks) for module in _attention_modules(model)}
         seen: dict[nn.Module, Cache] = {}
@@ -469,6 +473,29 @@ def _dropping_kwargs(hook: Callable) -> Callable:
 def _remove(handles: Iterable[Any]) -> None:
     for handle in handles:
         handle.remove()
+
+
+@contextmanager
+def _tracks_removed(model: PreTrainedModel) -> Generator[None, None, None]:
+    """
+    Take off the modules what presses put on them and leave there.
+
+    That is ``forward``, which a press that wraps it puts back as an attribute of the module, where it was the class's;
+    and ``rotary_emb``, which every press lends to the attention layers.
+    """
+    forwards = [(module, vars(module).get("forward")) for module in model.modules()]
+    without_rotary_emb = [module for module in _attention_modules(model) if not hasattr(module, "rotary_emb")]
+    try:
+        yield
+    finally:
+        for module, forward in forwards:
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
+        for module in without_rotary_emb:
+            if hasattr(module, "rotary_emb"):
+                del module.rotary_emb
 
 
 @contextmanager
