@@ -18,8 +18,9 @@ FAILS_ON_GEMMA3 = {"ExpectedAttention", "KeyRerotation", "Cap"}
 FAILS_IN_EAGER = {"AdaKV", "DMS"}
 
 
-def input_ids_for(model) -> torch.Tensor:
-    return torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :96] + 10
+def input_ids_for(bsz: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.stack([torch.randperm(240, generator=generator)[:96] + 10 for _ in range(bsz)])
 
 
 def without_sliding(model, layers: list[Layer]) -> list[Layer]:
@@ -28,13 +29,14 @@ def without_sliding(model, layers: list[Layer]) -> list[Layer]:
     ]
 
 
+@pytest.mark.parametrize("bsz", [1, 3])
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", PRESSES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_merged_wherever_the_bare_press_runs(family, name, attn_implementation):
+def test_a_family_is_merged_wherever_the_bare_press_runs(family, name, attn_implementation, bsz):
     model = tiny_model(family)
     model.set_attn_implementation(attn_implementation)
-    input_ids = input_ids_for(model)
+    input_ids = input_ids_for(bsz)
     fails = (name in FAILS_ON_GEMMA3 and family.startswith("gemma3")) or (
         name in FAILS_IN_EAGER and attn_implementation == "eager"
     )
@@ -62,8 +64,7 @@ def test_a_family_is_merged_wherever_the_bare_press_runs(family, name, attn_impl
 @pytest.mark.parametrize("bsz", [1, 3])
 def test_grouped_single_and_separate_kv_heads(num_key_value_heads, bsz):
     model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=num_key_value_heads)
-    generator = torch.Generator().manual_seed(3)
-    input_ids = torch.stack([torch.randperm(240, generator=generator)[:96] + 10 for _ in range(bsz)])
+    input_ids = input_ids_for(bsz)
     full = run(model, None, input_ids)
     for make in (lambda: KnormPress(0.5), lambda: ExpectedAttentionPress(0.3), CASES["AdaKV"].make):
         bare, merged = run(model, make(), input_ids), run(model, MergingPress(make()), input_ids)
