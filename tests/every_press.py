@@ -59,6 +59,7 @@ from kvpress import (
 from kvpress.presses.fastkvzip_press import FastKVzipGate
 from kvpress.presses.kvzap_press import KVzapConfig, KVzapModel
 from peft import LoraConfig
+from transformers.cache_utils import DynamicLayer
 
 # Presses that load weights from a hub get small random ones; the rest of their code runs as it is.
 
@@ -187,6 +188,74 @@ class MaskingPress(BasePress):
         return keys, values
 
 
+class ShrinkingAndMaskingPress(BasePress):
+    """Drops the first positions, and masks some of those left."""
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        keys, values = keys[:, :, 10:].contiguous(), values[:, :, 10:].contiguous()
+        norms = keys.norm(dim=-1)
+        module.masked_key_indices = torch.where(norms < norms.mean(dim=(0, 2), keepdim=True))
+        return keys, values
+
+
+class SummarizingPress(BasePress):
+    """Keeps every second position, behind a token of its own."""
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        def shorten(tensor):
+            return torch.cat([tensor.mean(dim=2, keepdim=True), tensor[:, :, ::2]], dim=2)
+
+        return shorten(keys), shorten(values)
+
+
+class HookPress(BasePress):
+    """Writes to the cache in a hook of its own."""
+
+    def forward_hook(self, module, input, kwargs, output):
+        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        if layer.keys.shape[2] == kwargs["hidden_states"].shape[1]:
+            bsz, num_key_value_heads = layer.keys.shape[:2]
+            kept = layer.keys.norm(dim=-1).topk(40, dim=-1).indices
+            where = torch.arange(bsz)[:, None, None], torch.arange(num_key_value_heads)[:, None], kept
+            layer.keys, layer.values = layer.keys[where], layer.values[where]
+        return output
+
+
+class NewLayerPress(BasePress):
+    """Puts a new layer into the cache."""
+
+    def forward_hook(self, module, input, kwargs, output):
+        layers = kwargs["past_key_values"].layers
+        old, new = layers[module.layer_idx], DynamicLayer()
+        new.lazy_initialization(old.keys, old.values)
+        new.keys, new.values = old.keys[:, :, 1::2], old.values[:, :, 1::2]
+        layers[module.layer_idx] = new
+        return output
+
+
+class OneBudgetPress(BasePress):
+    """Shares one budget among all layers, once the last has run: by mask or by shrinking them."""
+
+    def __init__(self, by_mask: bool):
+        self.by_mask = by_mask
+        self.norms: dict = {}
+
+    def forward_hook(self, module, input, kwargs, output):
+        layers = kwargs["past_key_values"].layers
+        self.norms[module] = layers[module.layer_idx].keys.norm(dim=-1)
+        if module.layer_idx == module.config.num_hidden_layers - 1:
+            mean = torch.stack(list(self.norms.values())).mean()
+            for other, norms in self.norms.items():
+                layer = layers[other.layer_idx]
+                if self.by_mask:
+                    other.masked_key_indices = torch.where(norms < mean)
+                else:
+                    kept = norms[0].mean(dim=0) > mean - 0.5
+                    layer.keys, layer.values = layer.keys[:, :, kept], layer.values[:, :, kept]
+            self.norms = {}
+        return output
+
+
 class AveragingPress(BasePress):
     """Rebuilds the cache from averages: no position survives as it was."""
 
@@ -294,6 +363,12 @@ CASES: dict[str, Case] = {
     "third party, slices and joins": Case(SlicingPress),
     "third party, reshapes": Case(ReshapingPress),
     "third party, masks": Case(MaskingPress),
+    "third party, shrinks and masks": Case(ShrinkingAndMaskingPress),
+    "third party, appends a token": Case(SummarizingPress),
+    "third party, by a hook": Case(HookPress),
+    "third party, by a new layer": Case(NewLayerPress),
+    "third party, masks all layers at once": Case(lambda: OneBudgetPress(by_mask=True)),
+    "third party, shrinks all layers at once": Case(lambda: OneBudgetPress(by_mask=False)),
 }
 
 REFUSED: dict[str, Callable[[], BasePress]] = {
@@ -301,6 +376,7 @@ REFUSED: dict[str, Callable[[], BasePress]] = {
     "CAM": lambda: CAMPress(base_press=KnormPress()),
     "kvpress's Merging": lambda: MergingPress(KnormPress(0.5)),
     "Composed of ThinK alone": lambda: ComposedPress([ThinKPress(0.5)]),
+    "ThinK at prefill, then nothing": lambda: PrefillDecodingPress(ThinKPress(0.5)),
     "DMS around kvpress's Merging": lambda: DMSPress(MergingPress(KnormPress(0.5)), threshold=0.0),
 }
 

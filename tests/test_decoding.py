@@ -5,7 +5,7 @@
 import pytest
 import torch
 from every_press import CASES
-from kvpress import AdaKVPress, DecodingPress, DMSPress, KnormPress, PrefillDecodingPress, SnapKVPress
+from kvpress import AdaKVPress, BasePress, DecodingPress, DMSPress, KnormPress, PrefillDecodingPress, SnapKVPress
 from replay import Layer, assert_merged, attention_modules, clear_masks, decode, merge_in_float64, run
 from tiny import tiny_model
 from transformers import DynamicCache
@@ -180,6 +180,30 @@ def test_state_lives_over_contexts_until_the_next_prefill(llama, token_ids):
     assert press.report.to_dict()[0]["evicted"] > 0
     run(llama, press, token_ids[:, :4])
     assert press.report.to_dict()[0]["evicted"] == 0
+
+
+class ListWritingPress(BasePress):
+    """Masks the two oldest positions left at each step, and writes them into the list that is there."""
+
+    def forward_hook(self, module, input, kwargs, output):
+        n_masked = 0 if module.masked_key_indices is None else len(module.masked_key_indices[0]) // 2
+        new = [torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1]) + n_masked]
+        if module.masked_key_indices is None:
+            module.masked_key_indices = new
+        else:
+            for part, more in enumerate(new):
+                module.masked_key_indices[part] = torch.cat([module.masked_key_indices[part], more])
+        return output
+
+
+def test_masks_written_into_the_same_list_are_seen(llama, token_ids):
+    press = MergingPress(ListWritingPress())
+    for step, _, before, after in run_step_by_step(llama, press, token_ids):
+        assert int(after.is_masked.sum()) == 4 * (step + 2)
+        expected = merge_masked(before, after, before.is_masked)
+        assert expected.n_merged > 0
+        torch.testing.assert_close(after.values.double(), torch.from_numpy(expected.values), rtol=1e-4, atol=1e-5)
+    assert press.report.to_dict()[0]["evicted"] == 4 * (N_DECODED + 1)
 
 
 def test_a_merging_press_in_the_prefill_of_another_press_merges(llama, token_ids):

@@ -74,7 +74,7 @@ def layer_length(layer: CacheLayerMixin) -> int:
 def open_layer(cache: Cache, layer_idx: int) -> OpenLayer:
     """Start to follow what a press does to one layer of ``cache``."""
     layer = cache.layers[layer_idx]
-    return OpenQuantizedLayer(layer) if isinstance(layer, QuantizedLayer) else OpenDynamicLayer(layer)
+    return OpenQuantizedLayer(layer) if isinstance(layer, QuantizedLayer) else OpenDynamicLayer(cache, layer_idx)
 
 
 class OpenLayer:
@@ -149,33 +149,42 @@ class OpenTensors(OpenLayer):
 
 
 class OpenDynamicLayer(OpenLayer):
-    """A layer that keeps its keys and values as tensors."""
+    """A layer that keeps its keys and values as tensors. The press may put another layer in its place."""
 
-    def __init__(self, layer: Any):
-        self.traced_keys, self.traced_values = trace(plain(layer.keys)), trace(plain(layer.values))
+    def __init__(self, cache: Cache, layer_idx: int):
+        self.layers, self.layer_idx = cache.layers, layer_idx
+        layer: Any = self.layers[layer_idx]
         self.layer = layer
-        layer.keys, layer.values = self.traced_keys, self.traced_values
+        self.traced_keys, self.traced_values = trace(plain(layer.keys)), trace(plain(layer.values))
+        self.layer.keys, self.layer.values = self.traced_keys, self.traced_values
+
+    @property
+    def written(self) -> Any:
+        """The layer that now stands in the cache."""
+        return self.layers[self.layer_idx]
 
     def lengths(self) -> tuple[int, int]:
-        return self.traced_values.shape[2], self.layer.values.shape[2]
+        return self.traced_values.shape[2], self.written.values.shape[2]
 
     def left(self) -> Left:
-        return self._describe(self.layer.keys, self.layer.values)
+        return self._describe(self.written.keys, self.written.values)
 
     def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
+        layer = self.written
         left = [
             part.source if written is traced else plain(written)
             for part, traced, written in zip(
-                self.traces, (self.traced_keys, self.traced_values), (self.layer.keys, self.layer.values)
+                self.traces, (self.traced_keys, self.traced_values), (layer.keys, layer.values)
             )
         ]
-        self.layer.keys = left[0] if keys is None else keys
-        self.layer.values = left[1] if values is None else values
+        layer.keys = left[0] if keys is None else keys
+        layer.values = left[1] if values is None else values
 
     def restore(self) -> None:
         for part in self.traces:
             part.restore()
         self.layer.keys, self.layer.values = (part.source for part in self.traces)
+        self.layers[self.layer_idx] = self.layer
 
 
 @dataclass

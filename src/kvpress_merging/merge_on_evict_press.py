@@ -4,15 +4,17 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from kvpress import BasePress, CAMPress, ComposedPress, KVComposePress, ThinKPress
+from kvpress import BasePress, CAMPress, ComposedPress, KVComposePress, PrefillDecodingPress, ThinKPress
 from kvpress import MergingPress as KVPressMergingPress
 from torch import nn
 from transformers import Cache, PreTrainedModel
@@ -174,8 +176,11 @@ class MergeOnEvictPress(PressWrapper):
         inner = self.press(model)
         inner.__enter__()
         try:
-            for module in _attention_modules(model):
-                self._follow_new_hooks(module, earlier_hooks.get(module, set()))
+            modules = _attention_modules(model)
+            last = [module for module in modules if not getattr(module, "is_sliding", False)][-1:]
+            for module in modules:
+                # A press that shares one budget among all layers evicts when the last of them has run.
+                self._follow_new_hooks(module, earlier_hooks.get(module, set()), seen if module in last else {})
                 handles.append(module.register_forward_pre_hook(self._check_forward, with_kwargs=True))
                 # Runs before the inner press's hook, which may shrink the layer or fail.
                 handles.append(
@@ -201,7 +206,7 @@ class MergeOnEvictPress(PressWrapper):
     def forward_hook(self, module: nn.Module, input: list[torch.Tensor], kwargs: dict, output: list) -> Any:
         """Run the inner press's forward hook and merge what it evicted: for presses that call an inner press's hook."""
         self._observe(module, kwargs, {})
-        return self._followed(self.press.forward_hook)(module, input, kwargs, output)
+        return self._followed(self.press.forward_hook, {})(module, input, kwargs, output)
 
     def compress(
         self,
@@ -225,15 +230,18 @@ class MergeOnEvictPress(PressWrapper):
         self._run(run, module, layer, hidden_states, kwargs)
         return layer.result
 
-    def _follow_new_hooks(self, module: nn.Module, earlier: set[int]) -> None:
-        """Replace the hooks that the inner press has just put on ``module`` by ones that follow what they do."""
+    def _follow_new_hooks(self, module: nn.Module, earlier: set[int], seen: dict[nn.Module, Cache]) -> None:
+        """
+        Replace the hooks that the inner press has just put on ``module`` by ones that follow what they do, at prefill
+        to the ``seen`` layers as well.
+        """
         for hook_id, hook in module._forward_hooks.items():
             if hook_id not in earlier:
                 takes_kwargs = hook_id in module._forward_hooks_with_kwargs
-                module._forward_hooks[hook_id] = self._followed(hook if takes_kwargs else _dropping_kwargs(hook))
+                module._forward_hooks[hook_id] = self._followed(hook if takes_kwargs else _dropping_kwargs(hook), seen)
                 module._forward_hooks_with_kwargs[hook_id] = True
 
-    def _followed(self, hook: Callable) -> Callable:
+    def _followed(self, hook: Callable, seen: dict[nn.Module, Cache]) -> Callable:
         def followed_hook(module: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
             cache = kwargs.get("past_key_values")
             if cache is None or getattr(module, "is_sliding", False) or not is_followed(cache.layers[module.layer_idx]):
@@ -245,9 +253,17 @@ class MergeOnEvictPress(PressWrapper):
                 nonlocal result
                 result = hook(module, args, kwargs, output)
 
+            others = []
+            if layer_length(cache.layers[module.layer_idx]) == kwargs["hidden_states"].shape[1]:  # at prefill
+                others = [other for other in seen if other is not module and seen[other] is cache]
+            open_run: Callable = run
+            for other in others:
+                layer = open_layer(cache, other.layer_idx)  # type: ignore[arg-type]
+                open_run = partial(self._run, open_run, other, layer, None, {})
             layer = open_layer(cache, module.layer_idx)  # type: ignore[arg-type]
-            self._run(run, module, layer, kwargs.get("hidden_states"), kwargs)
-            self._states[module].k_len = layer_length(cache.layers[module.layer_idx])
+            self._run(open_run, module, layer, kwargs.get("hidden_states"), kwargs)
+            for followed in (module, *others):
+                self._states[followed].k_len = layer_length(cache.layers[followed.layer_idx])
             return result
 
         return followed_hook
@@ -256,14 +272,14 @@ class MergeOnEvictPress(PressWrapper):
         self, run: Callable, module: nn.Module, layer: OpenLayer, hidden_states: torch.Tensor | None, kwargs: dict
     ) -> None:
         """Let the inner press work on an open layer and merge, or put everything back."""
-        masked_before = getattr(module, "masked_key_indices", None)
+        masked_before = _masks_of(module)
         ratios = _own_compression_ratios(self.press)
         try:
             run()
             self._merge(module, layer, masked_before, hidden_states, kwargs, limit=None)
         except BaseException:
             layer.restore()
-            if getattr(module, "masked_key_indices", None) is not masked_before:
+            if not _is_same(_masks_of(module), masked_before):
                 module.masked_key_indices = masked_before  # type: ignore[assignment]
             for press, ratio in ratios:
                 press.compression_ratio = ratio
@@ -271,7 +287,7 @@ class MergeOnEvictPress(PressWrapper):
 
     def _exit(self, inner: Any, seen: dict[nn.Module, Cache]) -> None:
         """Leave the inner press's context, in which it may evict, and merge what it evicted then."""
-        masked_before = {module: getattr(module, "masked_key_indices", None) for module in seen}
+        masked_before = {module: _masks_of(module) for module in seen}
         opened: list[tuple[nn.Module, OpenLayer]] = []
         handles = []
         try:
@@ -352,10 +368,10 @@ class MergeOnEvictPress(PressWrapper):
     ) -> None:
         """Commit what the press left, with the survivors of a new eviction merged into."""
         state = self._states[module]
-        masked_before = None if masked_before is state.stale_masks else masked_before
+        masked_before = None if _is_same(masked_before, state.stale_masks) else masked_before
         masked_after = state.masks_of(module)
         k_len, n_slots = layer.lengths()
-        newly_masked = masked_after is not None and masked_after is not masked_before
+        newly_masked = masked_after is not None and not _is_same(masked_after, masked_before)
         if n_slots >= k_len and not newly_masked:
             layer.commit()
             return
@@ -425,9 +441,23 @@ def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [layer.self_attn for layer in getattr(language_model, "layers", ())]
 
 
+def _masks_of(module: nn.Module) -> tuple[torch.Tensor, ...] | None:
+    """What ``module.masked_key_indices`` says now: a press may write into the list."""
+    masks = getattr(module, "masked_key_indices", None)
+    return None if masks is None else tuple(masks)
+
+
+def _is_same(masks: Any, others: Any) -> bool:
+    if masks is None or others is None:
+        return masks is others
+    return len(masks) == len(others) and all(map(operator.is_, masks, others))
+
+
 def _evicts_no_positions(press: BasePress) -> bool:
     if isinstance(press, ComposedPress):
         return all(_evicts_no_positions(child) for child in press.presses)
+    if isinstance(press, PrefillDecodingPress) and press.decoding_press is None and press.prefilling_press is not None:
+        return _evicts_no_positions(press.prefilling_press)
     return isinstance(press, ThinKPress)
 
 
@@ -501,7 +531,7 @@ def _tracks_removed(model: PreTrainedModel) -> Generator[None, None, None]:
 @contextmanager
 def _unchanged(seen: dict[nn.Module, Cache]) -> Generator[None, None, None]:
     """Undo what is done inside to the caches and masks of these layers."""
-    masked_before = {module: getattr(module, "masked_key_indices", None) for module in seen}
+    masked_before = {module: _masks_of(module) for module in seen}
     layers = [(module, open_layer(cache, module.layer_idx)) for module, cache in seen.items()]  # type: ignore[arg-type]
     try:
         yield
