@@ -4,7 +4,8 @@
 Runs kvpress's own evaluate.py with our registry, in a process of its own: its modules' names clash with others.
 
 Arguments: the ``evaluation`` folder of kvpress's source, a folder with a tiny model, a folder for results, and a JSON
-list of configurations. Prints one JSON line for each: the folder that was written and what became of the press.
+list of configurations. Prints a JSON line with both registries, and then one for each configuration: the folder that
+was written and what became of the press.
 """
 
 import json
@@ -23,9 +24,23 @@ for name in ("nltk.tokenize", "nltk.translate.meteor_score", "rouge_score", "eva
 import evaluate  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from every_press import LocalDuoAttentionPress  # noqa: E402
-from kvpress import DMSPress, KnormPress  # noqa: E402
+from kvpress import BasePress, DMSPress, KnormPress  # noqa: E402
 
 from kvpress_merging import PRESS_REGISTRY, MergingPress  # noqa: E402
+
+
+def settings(press):
+    """A press's class and configuration, and those of the presses inside, as JSON."""
+    if isinstance(press, (list, tuple)):
+        return [settings(item) for item in press]
+    if not isinstance(press, BasePress):
+        return press if isinstance(press, (str, int, float, bool, type(None))) else str(press)
+    return {"class": type(press).__name__} | {name: settings(value) for name, value in vars(press).items()}
+
+
+theirs = {name: settings(press) for name, press in evaluate.PRESS_REGISTRY.items()}
+ours = {name: settings(press.press) for name, press in PRESS_REGISTRY.items()}
+print(json.dumps({"theirs": theirs, "ours": ours}))
 
 evaluate.PRESS_REGISTRY |= PRESS_REGISTRY
 evaluate.PRESS_REGISTRY["merging_dms_knorm"] = MergingPress(DMSPress(KnormPress(), sliding_window_size=16))

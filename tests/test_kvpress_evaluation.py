@@ -15,6 +15,7 @@ from filelock import FileLock
 from tiny import tiny_checkpoint
 
 from evaluation.models import cache_folder
+from kvpress_merging.registry import PREFILL_PRESSES
 
 CONFIGURATIONS = [
     {"press_name": "merging_knorm", "compression_ratio": 0.5},
@@ -22,7 +23,17 @@ CONFIGURATIONS = [
     {"press_name": "merging_dms_knorm", "threshold": -6.4},
     {"press_name": "merging_duo_attention", "head_compression_ratio": 0.5},
     {"press_name": "merging_kvzip", "compression_ratio": 0.5},
+    {"press_name": "merging_kvcompose_unstructured", "compression_ratio": 0.5},
+    {"press_name": "merging_snap_think", "compression_ratio": 0.5, "key_channel_compression_ratio": 0.25},
+    {"press_name": "merging_finch", "compression_ratio": 0.5, "query_aware": True},
+    {
+        "press_name": "merging_observed_attention",
+        "compression_ratio": 0.5,
+        "model_kwargs": {"attn_implementation": "eager"},
+    },
 ]
+# Presses of its registry that have no merged twin: they do not evict positions at prefill, or merge already.
+WITHOUT_TWIN = ("no_press", "think", "cam_", "decoding_", "merging_")
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +54,34 @@ def kvpress_source() -> Path:
     return folder
 
 
-def test_its_evaluation_runs_with_our_registry(kvpress_source, tmp_path):
-    tiny_checkpoint(tmp_path / "model", head_dim=64, pad_token_id=0)
+@pytest.fixture(scope="module")
+def printed(kvpress_source, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("evaluation")
+    tiny_checkpoint(folder / "model", head_dim=64, pad_token_id=0)
     script = Path(__file__).with_name("kvpress_evaluation.py")
-    folders = [kvpress_source / "evaluation", tmp_path / "model", tmp_path / "results"]
+    folders = [kvpress_source / "evaluation", folder / "model", folder / "results"]
     done = subprocess.run(
         [sys.executable, str(script), *map(str, folders), json.dumps(CONFIGURATIONS)],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_every_prefill_press_of_its_registry_has_a_merged_twin_with_the_same_settings(printed):
+    theirs, ours = printed[0]["theirs"], printed[0]["ours"]
+    with_twin = {name for name in theirs if not name.startswith(WITHOUT_TWIN)}
+    assert with_twin == set(PREFILL_PRESSES)
+    renamed = {"expected_attention": "adakv_expected_attention", "kvzap_mlp": "dms_kvzap_mlp"}
+    for name in with_twin:
+        assert ours[f"merging_{renamed.get(name, name)}"] == theirs[name]
+    for name in ("merging_knorm", "merging_snapkv", "merging_expected_attention", "merging_kvzap_mlp"):
+        assert ours[name] == theirs[name]["press"]
+
+
+def test_its_evaluation_runs_with_our_registry(printed):
+    lines = printed[1:]
     assert [line["press"] for line in lines] == ["MergingPress"] * len(CONFIGURATIONS)
     assert [line["inner"] for line in lines][:3] == ["KnormPress", "AdaKVPress", "DMSPress"]
     assert lines[2]["threshold"] == -6.4
