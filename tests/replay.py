@@ -101,11 +101,18 @@ def positions_by_value(full: Layer, bare: Layer) -> np.ndarray:
 
 @dataclass
 class Expected:
-    """Values that a merge should give, which slots take something in, and how many positions were merged."""
+    """Values that a merge should give, which slots take something in, and the figures of each merge."""
 
     values: np.ndarray
     takes_in: np.ndarray
-    n_merged: int
+    similarities: list[float]
+    weights: list[float]
+    n_survivors: int
+    most_merges: int
+
+    @property
+    def n_merged(self) -> int:
+        return len(self.similarities)
 
 
 def merge_in_float64(full: Layer, bare: Layer) -> Expected:
@@ -113,7 +120,7 @@ def merge_in_float64(full: Layer, bare: Layer) -> Expected:
     positions = positions_by_value(full, bare)
     values = bare.values.double().numpy().copy()
     takes_in = np.zeros(values.shape[:3], dtype=bool)
-    n_merged = 0
+    similarities, all_weights, n_survivors, most_merges = [], [], 0, 0
     for b in range(values.shape[0]):
         for h in range(values.shape[1]):
             keys = full.keys[b, h].double().numpy()
@@ -125,6 +132,7 @@ def merge_in_float64(full: Layer, bare: Layer) -> Expected:
             }
             survivors = sorted(slot_of)
             evicted = [i for i in range(len(keys)) if i not in slot_of]
+            n_survivors += len(survivors)
             if not survivors:
                 continue
             units = keys / np.linalg.norm(keys, axis=1, keepdims=True)
@@ -132,6 +140,7 @@ def merge_in_float64(full: Layer, bare: Layer) -> Expected:
             cosines = units[evicted] @ units[survivors].T
             added: dict[int, np.ndarray] = {}
             weights: dict[int, float] = {}
+            merges: dict[int, int] = {}
             for i, row in zip(evicted, cosines):
                 j = survivors[int(row.argmax())]
                 if row.max() < 0:
@@ -139,11 +148,14 @@ def merge_in_float64(full: Layer, bare: Layer) -> Expected:
                 weight = row.max() * norms[i] / (norms[i] + norms[j])
                 added[j] = added.get(j, 0) + weight * all_values[i]
                 weights[j] = weights.get(j, 0) + weight
-                n_merged += 1
+                merges[j] = merges.get(j, 0) + 1
+                similarities.append(row.max())
+                all_weights.append(weight)
+            most_merges = max(most_merges, *merges.values(), 0)
             for j in added:
                 values[b, h, slot_of[j]] = (all_values[j] + added[j]) / (1 + weights[j])
                 takes_in[b, h, slot_of[j]] = True
-    return Expected(values, takes_in, n_merged)
+    return Expected(values, takes_in, similarities, all_weights, n_survivors, most_merges)
 
 
 def assert_merged(full: list[Layer], bare: list[Layer], merged: list[Layer]) -> int:

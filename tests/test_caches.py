@@ -157,9 +157,10 @@ def test_recent_tokens_that_are_not_quantized_yet_are_kept_when_a_press_shrinks(
     assert all(layer.get_seq_length() == 45 for layer in cache.layers)
 
 
-def test_masks_that_reach_into_the_recent_tokens_merge_them_once(llama, input_ids):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_that_reach_into_the_recent_tokens_merge_them_once(backend, llama, input_ids):
     press = MergingPress(DMSPress(KnormPress(), threshold=-3.2, sliding_window_size=2, decoding=True))
-    cache = quantized(llama, "hqq, 8 bit")
+    cache = quantized(llama, backend)
     clear_masks(llama)
     more = torch.randperm(240, generator=torch.Generator().manual_seed(4))[None, :6] + 10
     with torch.no_grad(), press(llama):

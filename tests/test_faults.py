@@ -148,6 +148,44 @@ def test_a_fold_that_fails_puts_the_layer_back(llama, input_ids, monkeypatch):
         assert getattr(llama.model.layers[1].self_attn, "masked_key_indices", None) is None
 
 
+LATE_STEPS = {
+    "KVzip": "compress_post",
+    "KVgrad": "_update_scores",
+    "FastKVzip": "compress_post",
+    "RestoreKV": "append_restore_tokens",
+    "KVCompose unstructured": "compress_cache",
+}
+
+
+@pytest.mark.parametrize("name", LATE_STEPS)
+def test_a_press_that_fails_when_its_context_exits_is_undone(name, llama, input_ids, monkeypatch):
+    case = CASES[name]
+    model = copy.deepcopy(llama)
+    if "own model" in case.needs:
+        run(model, case.make(), input_ids)  # adapters are put in for good
+    clear_masks(model)
+    before = tracks_of(model)
+    full = run(model, None, input_ids)
+    press = MergingPress(case.make())
+    step = getattr(type(press.press), LATE_STEPS[name])
+
+    def fail(self, *args):
+        step(self, *args)
+        raise Stop("late")
+
+    monkeypatch.setattr(type(press.press), LATE_STEPS[name], fail)
+    cache = DynamicCache()
+    with pytest.raises(Stop, match="late"):
+        run(model, press, input_ids, cache=cache)
+    assert tracks_of(model) == before
+    for layer, layer_full, module in zip(cache.layers, full, attention_modules(model)):
+        assert getattr(module, "masked_key_indices", None) is None
+        assert type(layer.keys) is type(layer.values) is torch.Tensor
+        if not name.startswith("KVCompose"):  # prefills in eager attention, and leaves its replay
+            assert torch.equal(layer.keys, layer_full.keys)
+            assert torch.equal(layer.values, layer_full.values)
+
+
 def test_a_press_writing_into_its_input_does_not_change_what_is_merged(llama, input_ids):
     class Doubling(ScorerPress):
         def compress(self, module, hidden_states, keys, values, attentions, kwargs):

@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """MergingPress: its fields, and what its merges are worth."""
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from every_press import CASES
-from kvpress import FinchPress, KeyRerotationPress, KnormPress, ScorerPress, SnapKVPress
-from replay import run
-from tiny import tiny_model
+from kvpress import FinchPress, KeyRerotationPress, KnormPress, PyramidKVPress, ScorerPress, SnapKVPress
+from replay import merge_in_float64, run
+from tiny import tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
 from kvpress_merging import MergeOnEvictPress, MergingPress
@@ -136,11 +137,24 @@ def test_no_eviction_leaves_the_cache_bit_identical(llama):
             assert torch.equal(before.values, after.values)
 
 
+def test_pyramidkv_keeps_its_own_budgets(llama):
+    input_ids = torch.randint(10, 250, (1, 256), generator=torch.Generator().manual_seed(2))
+    layers = run(llama, MergingPress(PyramidKVPress(0.5, window_size=8)), input_ids)
+    assert [layer.keys.shape[2] for layer in layers] == [248, 168, 88, 8]
+
+
 class FirstPress(ScorerPress):
     """Keeps the first positions."""
 
     def score(self, module, hidden_states, keys, values, attentions, kwargs):
         return -torch.arange(keys.shape[2]).expand(keys.shape[:3]).float()
+
+
+class FirstMetaPress(ScorerPress):
+    """As ``FirstPress``, wherever the keys are."""
+
+    def score(self, module, hidden_states, keys, values, attentions, kwargs):
+        return -torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3]).float()
 
 
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -167,6 +181,21 @@ def test_attention_over_merged_values_is_nearer_to_the_full_cache_where_it_must_
     hard = (attend(queries, hard_keys, hard_values) - full).norm()
     merged = (attend(queries, merged_keys, merged_values) - full).norm()
     assert merged < 0.6 * hard
+
+
+def test_nothing_is_read_back_from_the_device_until_the_report_is():
+    class Module(torch.nn.Module):
+        layer_idx, head_dim = 0, 16
+
+    keys, values = (torch.empty(1, 2, 4096, 16, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    press = MergingPress(FirstMetaPress(0.5), similarity_threshold=0.2, merge_fraction=0.9, max_merge_per_token=3)
+    merged_keys, merged_values = press.compress(
+        Module(), torch.empty(1, 4096, 8, device="meta"), keys, values, None, {}
+    )
+    assert merged_keys.shape == merged_values.shape == (1, 2, 2048, 16)
+    assert merged_values.dtype == torch.bfloat16
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        press.report.to_dict()
 
 
 @dataclass
@@ -202,6 +231,27 @@ def test_a_fold_that_returns_another_shape_is_an_error_and_the_cache_stays(llama
     with pytest.raises(ValueError, match=r"Careless\.fold must return tensors of the survivors' shape"):
         run(llama, Careless(KnormPress(0.5)), tokens(1, 64), cache=cache)
     assert cache.layers[0].keys.shape[2] == 64
+
+
+@pytest.mark.parametrize("name", ["Knorm", "AdaKV", "KVzip layerwise", "third party, shrinks and masks"])
+def test_the_report_has_the_figures_of_the_merges(name, llama, tmp_path):
+    tiny_tokenizer(tmp_path)
+    model = copy.deepcopy(llama)
+    model.config._name_or_path = str(tmp_path)
+    input_ids = tokens(1, 96)
+    full, bare = run(model, None, input_ids), run(model, CASES[name].make(), input_ids)
+    press = MergingPress(CASES[name].make())
+    run(model, press, input_ids)
+    for row, layer_full, layer_bare in zip(press.report.to_dict().values(), full, bare):
+        expected = merge_in_float64(layer_full, layer_bare)
+        similarity = np.array(expected.similarities)
+        assert (row["kept"], row["evicted"]) == (expected.n_survivors, 2 * 96 - expected.n_survivors)
+        assert row["merged"] == len(similarity)
+        assert row["most_merges"] == expected.most_merges
+        figures = [row["similarity_mean"], row["similarity_q05"], row["similarity_q50"], row["bound_mean"]]
+        quantiles = np.quantile(similarity, [0.05, 0.5])
+        bound = np.mean(1 / (1 + np.array(expected.weights)))
+        np.testing.assert_allclose(figures, [similarity.mean(), *quantiles, bound], rtol=1e-5)
 
 
 def test_the_report_tells_what_was_merged(llama):

@@ -4,14 +4,15 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
 
+import kvpress
 import pytest
 from every_press import CASES
 from kvpress import (
     AdaKVPress,
     BasePress,
-    ChunkPress,
     ComposedPress,
     DecodingPress,
     DMSPress,
@@ -20,8 +21,6 @@ from kvpress import (
     FinchPress,
     KeyRerotationPress,
     KnormPress,
-    LUKVPress,
-    PerLayerCompressionPress,
     ScorerPress,
     SnapKVPress,
 )
@@ -104,21 +103,47 @@ def test_compression_ratio_reads_and_writes_through_with_the_errors_of_the_inner
     assert not hasattr(MergingPress(CASES["third party, slices and joins"].make()), "compression_ratio")
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        AdaKVPress,
-        ChunkPress,
-        KeyRerotationPress,
-        LUKVPress,
-        DecodingPress,
-        lambda press: PerLayerCompressionPress(press, [0.5] * 4),
-        lambda press: ComposedPress([MergingPress(AdaKVPress(KnormPress(0.5)))]),
-    ],
-)
-def test_presses_that_need_a_scorer_refuse_a_merging_press(wrap):
+# All presses of kvpress that take another press: those that must have a scorer, and the rest.
+NEED_A_SCORER = {
+    "AdaKVPress",
+    "BlockPress",
+    "CAMPress",
+    "ChunkKVPress",
+    "ChunkPress",
+    "CompressionRatioDecodingPress",
+    "CriticalAdaKVPress",
+    "CriticalKVPress",
+    "DecodingPress",
+    "EntropyGatedChunkKVPress",
+    "KeyRerotationPress",
+    "LUKVPress",
+    "MergingPress",
+    "PerLayerCompressionPress",
+}
+TAKE_ANY = {"ComposedPress", "DMSPress", "PrefillDecodingPress"}
+
+
+def test_every_press_of_kvpress_that_takes_another_is_known():
+    named = {"press", "presses", "base_press", "prefilling_press"}
+    exported = {name: getattr(kvpress, name) for name in kvpress.__all__ if name.endswith("Press")}
+    wrappers = {name for name, press in exported.items() if named & set(inspect.signature(press).parameters)}
+    assert wrappers == NEED_A_SCORER | TAKE_ANY
+
+
+@pytest.mark.parametrize("name", sorted(NEED_A_SCORER))
+def test_presses_that_need_a_scorer_refuse_a_merging_press(name):
+    wrap = getattr(kvpress, name)
+    more = {"compression_ratios": [0.5] * 4} if name == "PerLayerCompressionPress" else {}
+    taken = "base_press" if "base_press" in inspect.signature(wrap).parameters else "press"
+    wrap(**{taken: KnormPress()}, **more)
     with pytest.raises(AssertionError):
-        wrap(MergingPress(KnormPress(0.5)))
+        wrap(**{taken: MergingPress(KnormPress())}, **more)
+
+
+def test_composed_presses_refuse_a_merging_press_around_what_they_refuse_bare():
+    for inner in (AdaKVPress(KnormPress(0.5)), CASES["KVzip"].make()):
+        with pytest.raises(AssertionError):
+            ComposedPress([MergingPress(inner)])
 
 
 def test_a_merging_press_gives_no_scores():

@@ -68,7 +68,8 @@ class MergeReport:
 
     Each layer's row has
 
-    - ``kept``, ``evicted``, ``merged``: positions, summed over batch rows, heads and evictions;
+    - ``kept``: positions left after the last eviction, summed over batch rows and heads;
+    - ``evicted``, ``merged``: positions, summed over batch rows, heads and evictions;
     - ``similarity_mean``, ``similarity_q05``, ``similarity_q50``: cosine similarity of the merged positions to the
       survivor that took them in: mean, 5 % and 50 % quantile;
     - ``bound_mean``: mean of ``1 / (1 + w)``, to which a merge of weight ``w`` shrinks the distance between an evicted
