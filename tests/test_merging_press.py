@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from every_press import CASES
-from kvpress import FinchPress, KeyRerotationPress, KnormPress, PyramidKVPress, ScorerPress, SnapKVPress
+from kvpress import BasePress, FinchPress, KeyRerotationPress, KnormPress, PyramidKVPress, ScorerPress, SnapKVPress
 from replay import merge_in_float64, run
 from tiny import tiny_model, tiny_tokenizer
 from transformers import DynamicCache
@@ -196,6 +196,33 @@ def test_nothing_is_read_back_from_the_device_until_the_report_is():
     assert merged_values.dtype == torch.bfloat16
     with pytest.raises((NotImplementedError, RuntimeError)):
         press.report.to_dict()
+
+
+class NothingLeftPress(BasePress):
+    """Evicts every position."""
+
+    def __init__(self, by_mask: bool):
+        self.by_mask = by_mask
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        if not self.by_mask:
+            return keys[:, :, :0], values[:, :, :0]
+        module.masked_key_indices = torch.where(torch.ones(keys.shape[:3], dtype=torch.bool))
+        return keys, values
+
+
+@pytest.mark.parametrize("by_mask", [True, False])
+def test_without_a_survivor_nothing_is_merged(by_mask, llama):
+    input_ids = tokens(2, 64)
+    press = MergingPress(NothingLeftPress(by_mask))
+    bare, merged = run(llama, NothingLeftPress(by_mask), input_ids), run(llama, press, input_ids)
+    for before, after in zip(bare, merged):
+        assert torch.equal(before.keys, after.keys)
+        assert torch.equal(before.values, after.values)
+        assert torch.equal(before.is_masked, after.is_masked)
+    row = press.report.to_dict()[0]
+    assert (row["kept"], row["evicted"], row["merged"], row["most_merges"]) == (0, 2 * 2 * 64, 0, 0)
+    assert str(press.report) == "4 layers: 1024 positions evicted, 0 merged (0%) into 0 kept"
 
 
 @dataclass

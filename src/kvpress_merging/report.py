@@ -109,7 +109,8 @@ class MergeReport:
         n_survivors : int
             Number of survivors that a head has at most.
         """
-        merges = torch.zeros(*target.shape[:2], n_survivors, dtype=torch.int64, device=target.device)
+        # A head without survivors merges nothing, and its targets are all 0.
+        merges = torch.zeros(*target.shape[:2], max(1, n_survivors), dtype=torch.int64, device=target.device)
         merges.scatter_add_(-1, target, (weight > 0).long())
         layer = self._layers.setdefault(layer_idx, LayerReport())
         layer.add(similarity, weight, merges.amax())
