@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -256,6 +257,23 @@ class OneBudgetPress(BasePress):
         return output
 
 
+class ModelHookPress(BasePress):
+    """Shrinks all layers in a hook on the model, when it has prefilled."""
+
+    @contextmanager
+    def __call__(self, model):
+        def halve(module, args, kwargs, output):
+            for layer in kwargs["past_key_values"].layers:
+                if layer.keys.shape[2] == output.last_hidden_state.shape[1]:
+                    layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+
+        handle = model.model.register_forward_hook(halve, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
 class AveragingPress(BasePress):
     """Rebuilds the cache from averages: no position survives as it was."""
 
@@ -368,6 +386,7 @@ CASES: dict[str, Case] = {
     "third party, by a hook": Case(HookPress),
     "third party, by a new layer": Case(NewLayerPress),
     "third party, masks all layers at once": Case(lambda: OneBudgetPress(by_mask=True)),
+    "third party, by a hook on the model": Case(ModelHookPress),
     "third party, shrinks all layers at once": Case(lambda: OneBudgetPress(by_mask=False)),
 }
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -170,17 +170,24 @@ class MergeOnEvictPress(PressWrapper):
 
     def _apply(self, model: PreTrainedModel) -> Generator[None, None, None]:
         attn_implementation = model.config._attn_implementation
-        earlier_hooks = {module: set(module._forward_hooks) for module in _attention_modules(model)}
+        earlier_hooks = {module: set(module._forward_hooks) for module in model.modules()}
         seen: dict[nn.Module, Cache] = {}
         handles: list[Any] = []
         inner = self.press(model)
         inner.__enter__()
         try:
             modules = _attention_modules(model)
+            for module in model.modules():
+                if module not in modules:
+                    inside = set(module.modules()).intersection(modules)
+                    _replace_new_hooks(
+                        module, earlier_hooks.get(module), partial(self._followed_around, seen=seen, inside=inside)
+                    )
             last = [module for module in modules if not getattr(module, "is_sliding", False)][-1:]
             for module in modules:
-                # A press that shares one budget among all layers evicts when the last of them has run.
-                self._follow_new_hooks(module, earlier_hooks.get(module, set()), seen if module in last else {})
+                # A press that shares one budget among all layers may evict when the last of them has run.
+                others = seen if module in last else {}
+                _replace_new_hooks(module, earlier_hooks.get(module), partial(self._followed, others=others))
                 handles.append(module.register_forward_pre_hook(self._check_forward, with_kwargs=True))
                 # Runs before the inner press's hook, which may shrink the layer or fail.
                 handles.append(
@@ -206,7 +213,7 @@ class MergeOnEvictPress(PressWrapper):
     def forward_hook(self, module: nn.Module, input: list[torch.Tensor], kwargs: dict, output: list) -> Any:
         """Run the inner press's forward hook and merge what it evicted: for presses that call an inner press's hook."""
         self._observe(module, kwargs, {})
-        return self._followed(self.press.forward_hook, {})(module, input, kwargs, output)
+        return self._followed(self.press.forward_hook)(module, input, kwargs, output)
 
     def compress(
         self,
@@ -230,18 +237,9 @@ class MergeOnEvictPress(PressWrapper):
         self._run(run, module, layer, hidden_states, kwargs)
         return layer.result
 
-    def _follow_new_hooks(self, module: nn.Module, earlier: set[int], seen: dict[nn.Module, Cache]) -> None:
-        """
-        Replace the hooks that the inner press has just put on ``module`` by ones that follow what they do, at prefill
-        to the ``seen`` layers as well.
-        """
-        for hook_id, hook in module._forward_hooks.items():
-            if hook_id not in earlier:
-                takes_kwargs = hook_id in module._forward_hooks_with_kwargs
-                module._forward_hooks[hook_id] = self._followed(hook if takes_kwargs else _dropping_kwargs(hook), seen)
-                module._forward_hooks_with_kwargs[hook_id] = True
+    def _followed(self, hook: Callable, others: Mapping[nn.Module, Cache] | None = None) -> Callable:
+        """Follow what a hook does to its own layer, and at prefill to ``others``."""
 
-    def _followed(self, hook: Callable, seen: dict[nn.Module, Cache]) -> Callable:
         def followed_hook(module: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
             cache = kwargs.get("past_key_values")
             if cache is None or getattr(module, "is_sliding", False) or not is_followed(cache.layers[module.layer_idx]):
@@ -253,20 +251,38 @@ class MergeOnEvictPress(PressWrapper):
                 nonlocal result
                 result = hook(module, args, kwargs, output)
 
-            others = []
+            run_all: Callable = run
             if layer_length(cache.layers[module.layer_idx]) == kwargs["hidden_states"].shape[1]:  # at prefill
-                others = [other for other in seen if other is not module and seen[other] is cache]
-            open_run: Callable = run
-            for other in others:
-                layer = open_layer(cache, other.layer_idx)  # type: ignore[arg-type]
-                open_run = partial(self._run, open_run, other, layer, None, {})
+                run_all = partial(self._run_over, run, {m: c for m, c in (others or {}).items() if m is not module})
             layer = open_layer(cache, module.layer_idx)  # type: ignore[arg-type]
-            self._run(open_run, module, layer, kwargs.get("hidden_states"), kwargs)
-            for followed in (module, *others):
-                self._states[followed].k_len = layer_length(cache.layers[followed.layer_idx])
+            self._run(run_all, module, layer, kwargs.get("hidden_states"), kwargs)
+            self._states[module].k_len = layer_length(cache.layers[module.layer_idx])
             return result
 
         return followed_hook
+
+    def _followed_around(self, hook: Callable, seen: Mapping[nn.Module, Cache], inside: set[nn.Module]) -> Callable:
+        """Follow what a hook on a module with attention layers ``inside`` does to these."""
+
+        def followed_hook(module: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
+            result = output
+
+            def run() -> None:
+                nonlocal result
+                result = hook(module, args, kwargs, output)
+
+            self._run_over(run, {m: c for m, c in seen.items() if m in inside})
+            return result
+
+        return followed_hook
+
+    def _run_over(self, run: Callable, layers: dict[nn.Module, Cache]) -> None:
+        """Let the inner press work on several open layers and merge, or put everything back."""
+        for module, cache in layers.items():
+            run = partial(self._run, run, module, open_layer(cache, module.layer_idx), None, {})  # type: ignore[arg-type]
+        run()
+        for module, cache in layers.items():
+            self._states[module].k_len = layer_length(cache.layers[module.layer_idx])  # type: ignore[index]
 
     def _run(
         self, run: Callable, module: nn.Module, layer: OpenLayer, hidden_states: torch.Tensor | None, kwargs: dict
@@ -494,6 +510,15 @@ def _own_compression_ratios(press: BasePress) -> list[tuple[BasePress, Any]]:
         for inner in nested_presses(press)
         if "compression_ratio" in vars(inner)
     ]
+
+
+def _replace_new_hooks(module: nn.Module, earlier: set[int] | None, followed: Callable) -> None:
+    """Put ``followed(hook)`` in place of each hook that the inner press has just put on ``module``."""
+    for hook_id, hook in module._forward_hooks.items():
+        if hook_id not in (earlier or ()):
+            takes_kwargs = hook_id in module._forward_hooks_with_kwargs
+            module._forward_hooks[hook_id] = followed(hook if takes_kwargs else _dropping_kwargs(hook))
+            module._forward_hooks_with_kwargs[hook_id] = True
 
 
 def _dropping_kwargs(hook: Callable) -> Callable:
