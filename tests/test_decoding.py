@@ -206,6 +206,52 @@ def test_masks_written_into_the_same_list_are_seen(llama, token_ids):
     assert press.report.to_dict()[0]["evicted"] == 4 * (N_DECODED + 1)
 
 
+class ChangingItsMindPress(BasePress):
+    """Masks positions 0-19 at prefill, then 30-49 instead, drops 0-4, and masks 10-59 at last."""
+
+    def forward_hook(self, module, input, kwargs, output):
+        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        position = int(kwargs["position_ids"].max())
+
+        def mask(start, stop):
+            positions = torch.arange(start, stop).repeat(2)
+            heads = torch.arange(2).repeat_interleave(stop - start)
+            module.masked_key_indices = (torch.zeros_like(heads), heads, positions)
+
+        if position < N_PREFILL:
+            mask(0, 20)
+        elif position == N_PREFILL + 2:
+            mask(30, 50)
+        elif position == N_PREFILL + 4:
+            layer.keys, layer.values = layer.keys[:, :, 5:], layer.values[:, :, 5:]
+            mask(25, 45)  # the same ones, five places further down
+        elif position == N_PREFILL + 6:
+            mask(5, 55)
+        return output
+
+
+def test_what_was_masked_once_is_neither_evicted_again_nor_merged_into(llama, token_ids):
+    press = MergingPress(ChangingItsMindPress())
+    ever = {layer_idx: torch.zeros(0, dtype=torch.bool) for layer_idx in range(4)}
+    n_merged: dict[int, list[int]] = {layer_idx: [] for layer_idx in range(4)}
+    for _, layer_idx, before, after in run_step_by_step(llama, press, token_ids):
+        k_len = before.keys.shape[2]
+        earlier = torch.zeros(1, 2, k_len, dtype=torch.bool)
+        earlier[..., : len(ever[layer_idx])] = ever[layer_idx][:k_len]
+        if after.keys.shape[2] < k_len:  # what is dropped was masked before: there is nothing to merge
+            assert torch.equal(after.values, before.values[:, :, 5:])
+            ever[layer_idx] = ever[layer_idx][5:]
+            continue
+        expected = merge_masked(before, after, earlier)
+        torch.testing.assert_close(after.values.double(), torch.from_numpy(expected.values), rtol=1e-4, atol=1e-5)
+        ever[layer_idx] = (earlier | after.is_masked)[0, 0]
+        n_merged[layer_idx] += [expected.n_merged] if expected.n_merged else []
+    # in each of two heads 20, 20 others, and 20 of 10-59 that were in neither
+    evicted = [row["evicted"] for row in press.report.to_dict().values()]
+    assert evicted == [2 * (20 + 20 + 20)] * 4
+    assert all(len(counts) == 3 for counts in n_merged.values())
+
+
 def test_a_merging_press_in_the_prefill_of_another_press_merges(llama, token_ids):
     def both(wrap):
         return PrefillDecodingPress(
