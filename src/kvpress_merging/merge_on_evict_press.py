@@ -178,7 +178,7 @@ class MergeOnEvictPress(PressWrapper):
         try:
             modules = _attention_modules(model)
             for module in model.modules():
-                if module not in modules:
+                if len(module._forward_hooks) > len(earlier_hooks.get(module, ())) and module not in modules:
                     inside = set(module.modules()).intersection(modules)
                     _replace_new_hooks(
                         module, earlier_hooks.get(module), partial(self._followed_around, seen=seen, inside=inside)
