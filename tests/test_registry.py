@@ -1,16 +1,21 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
 
+import itertools
+
 import pytest
 from kvpress import AdaKVPress, DMSPress, ExpectedAttentionPress, KVzapPress, SnapKVPress
 
-from kvpress_merging import PRESS_REGISTRY, MergingPress
+from kvpress_merging import PRESS_REGISTRY, AttentionMatchingPress, MergingPress
 from kvpress_merging.registry import PREFILL_PRESSES
 
 
-def test_every_name_makes_a_merging_press():
-    assert all(type(press) is MergingPress for press in PRESS_REGISTRY.values())
-    assert {f"merging_{name}" for name in PREFILL_PRESSES} <= set(PRESS_REGISTRY)
+def test_every_name_makes_the_press_that_it_says():
+    classes = {"merging": MergingPress, "matching": AttentionMatchingPress}
+    for name, press in PRESS_REGISTRY.items():
+        assert type(press) is classes[name.partition("_")[0]]
+    for prefix, inner in itertools.product(classes, PREFILL_PRESSES):
+        assert f"{prefix}_{inner}" in PRESS_REGISTRY
 
 
 def test_each_look_up_makes_a_fresh_press():
@@ -35,6 +40,7 @@ def test_each_look_up_makes_a_fresh_press():
 )
 def test_settings_are_those_of_kvpress(name, inner):
     assert PRESS_REGISTRY[name] == MergingPress(inner)
+    assert PRESS_REGISTRY[name.replace("merging", "matching")] == AttentionMatchingPress(inner)
 
 
 def test_a_dict_takes_the_registry_in_one_line():

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merge what a kvpress press would throw away into what it keeps."""
 
+from kvpress_merging.attention_matching_press import AttentionMatchingPress
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
 from kvpress_merging.merging_press import MergingPress
@@ -10,4 +11,11 @@ from kvpress_merging.report import MergeReport
 
 __version__ = "0.1.0"
 
-__all__ = ["PRESS_REGISTRY", "Eviction", "MergeOnEvictPress", "MergeReport", "MergingPress"]
+__all__ = [
+    "PRESS_REGISTRY",
+    "AttentionMatchingPress",
+    "Eviction",
+    "MergeOnEvictPress",
+    "MergeReport",
+    "MergingPress",
+]

@@ -131,6 +131,20 @@ class MergeOnEvictPress(PressWrapper):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement fold")
 
+    def observe(self, module: nn.Module, kwargs: dict, is_prefill: bool) -> None:
+        """
+        Look at a forward pass of ``module``, before the inner press does: for rules whose ``fold`` needs more later.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The attention layer.
+        kwargs : dict
+            Keyword arguments of its forward pass: ``hidden_states``, ``position_embeddings``, ``past_key_values``, ...
+        is_prefill : bool
+            Whether the pass filled an empty cache: what was remembered of the layer is then out of date.
+        """
+
     def _check_field(self, name: str, value: Any) -> None:
         if name != "press":
             return
@@ -343,7 +357,8 @@ class MergeOnEvictPress(PressWrapper):
         if cache is None or getattr(module, "is_sliding", False) or not is_followed(cache.layers[module.layer_idx]):
             return
         k_len = layer_length(cache.layers[module.layer_idx])
-        if k_len == kwargs["hidden_states"].shape[1]:  # as kvpress's is_prefilling, without reading from the device
+        is_prefill = k_len == kwargs["hidden_states"].shape[1]  # as kvpress's, without reading from the device
+        if is_prefill:
             _refuse_what_the_press_gets_wrong(self.press, cache, kwargs["hidden_states"].shape[0])
             self._start(module, k_len)
             if module.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:  # type: ignore[union-attr]
@@ -352,6 +367,7 @@ class MergeOnEvictPress(PressWrapper):
             self._start(module, k_len)
         self._states[module].k_len = k_len
         seen[module] = cache
+        self.observe(module, kwargs, is_prefill)
 
     def _check_forward(self, module: nn.Module, args: Any, kwargs: dict) -> None:
         """Refuse to go on with a cache that was cut back under masks that reach beyond it."""

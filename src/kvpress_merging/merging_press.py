@@ -75,13 +75,13 @@ value_norm_weighting=True, max_merge_per_token=0, merge_fraction=1.0)
     kernel: str = field(default="auto", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        if self.merge_keys and _rotates_keys(self.press):
+        if self.merge_keys and rotates_keys(self.press):
             raise ValueError(_rotated_keys_message(self.press))
 
     def _check_field(self, name: str, value: Any) -> None:
         super()._check_field(name, value)
         if name in ("similarity_threshold", "merge_fraction"):
-            _check_number(name, value)
+            check_number(name, value)
             if name == "similarity_threshold" and not 0 <= value <= 1:
                 raise ValueError(f"similarity_threshold must be in [0, 1], got {value!r}")
             if name == "merge_fraction" and not 0 < value <= 1:
@@ -137,12 +137,13 @@ value_norm_weighting=True, max_merge_per_token=0, merge_fraction=1.0)
         return blend.keys, blend.values
 
 
-def _check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> None:
+    """Raise a TypeError unless ``value`` is a real number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def _rotates_keys(press: BasePress) -> bool:
+def rotates_keys(press: BasePress) -> bool:
     return isinstance(press, KeyRerotationPress) or (isinstance(press, FinchPress) and press.rerotate_keys)
 
 

@@ -41,6 +41,7 @@ from kvpress import (
     TOVAPress,
 )
 
+from kvpress_merging.attention_matching_press import AttentionMatchingPress
 from kvpress_merging.merging_press import MergingPress
 
 
@@ -136,10 +137,14 @@ _NAMED_APART: dict[str, Callable[[], BasePress]] = {
 }
 
 
-def _merged(make: Callable[[], BasePress]) -> Callable[[], BasePress]:
-    return lambda: MergingPress(make())
+def _wrapped(wrapper: Callable[[BasePress], BasePress], make: Callable[[], BasePress]) -> Callable[[], BasePress]:
+    return lambda: wrapper(make())
 
 
 PRESS_REGISTRY = PressRegistry(
-    {f"merging_{name}": _merged(make) for name, make in sorted((PREFILL_PRESSES | _NAMED_APART).items())}
+    {
+        f"{prefix}_{name}": _wrapped(wrapper, make)
+        for prefix, wrapper in (("matching", AttentionMatchingPress), ("merging", MergingPress))
+        for name, make in sorted((PREFILL_PRESSES | _NAMED_APART).items())
+    }
 )

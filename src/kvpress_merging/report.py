@@ -27,6 +27,8 @@ class LayerReport:
     similarities: list[torch.Tensor] = field(default_factory=list)
     weights: list[torch.Tensor] = field(default_factory=list)
     most_merges: list[torch.Tensor] = field(default_factory=list)
+    fits: list[torch.Tensor] = field(default_factory=list)
+    has_lost: list[bool] = field(default_factory=list)
 
     def add(self, similarity: torch.Tensor, weight: torch.Tensor, most_merges: torch.Tensor) -> None:
         self.similarities.append(similarity.flatten())
@@ -42,6 +44,13 @@ class LayerReport:
         row: dict[str, Any] = {"kept": self.n_survivors, "evicted": self.n_evicted, "merged": 0}
         row |= dict.fromkeys(("similarity_mean", "similarity_q05", "similarity_q50", "bound_mean"))
         row["most_merges"] = 0
+        if self.fits:
+            fits = torch.cat(self.fits, dim=1).double().cpu()[:, torch.tensor(self.has_lost)]
+            is_fitted, error_before, error_after = fits
+            row["heads"], row["heads_fitted"] = len(is_fitted), int(is_fitted.sum())
+            row["error_before"] = float(error_before.mean())
+            # What a head is left with: the fit's error where it took the fit.
+            row["error_after"] = float(torch.where(is_fitted > 0, error_after, error_before).mean())
         if not self.weights:
             return row
         weight = torch.cat(self.weights)
@@ -76,7 +85,12 @@ class MergeReport:
       value and the one that stands for it, where the survivor takes in no other;
     - ``most_merges``: the largest number of positions that one survivor took in at one eviction.
 
-    Figures that are not defined, since nothing was merged, are None.
+    Figures that are not defined, since nothing was merged, are None. A press that re-fits instead of merging adds
+
+    - ``heads``, ``heads_fitted``: heads (times batch rows and evictions) that lost positions, and those of them that
+      took the fit;
+    - ``error_before``, ``error_after``: their mean squared error of the attention output over reference queries,
+      relative to the output's, as eviction leaves it and as it is left in the end.
     """
 
     def __init__(self) -> None:
@@ -115,6 +129,37 @@ class MergeReport:
         layer = self._layers.setdefault(layer_idx, LayerReport())
         layer.add(similarity, weight, merges.amax())
 
+    def record_fit(
+        self,
+        layer_idx: int,
+        eviction: Eviction,
+        is_fitted: torch.Tensor,
+        error_before: torch.Tensor,
+        error_after: torch.Tensor,
+    ) -> None:
+        """
+        Note what one eviction's re-fit did.
+
+        Parameters
+        ----------
+        layer_idx : int
+            The layer.
+        eviction : Eviction
+            What was evicted.
+        is_fitted : torch.Tensor
+            Which heads took the fit, bool, shape ``(bsz, num_key_value_heads)``.
+        error_before, error_after : torch.Tensor
+            Relative squared errors of eviction and of the fit, float32, same shape.
+        """
+        layer = self._layers.setdefault(layer_idx, LayerReport())
+        layer.fits.append(torch.stack([is_fitted.float(), error_before, error_after]).flatten(1))
+        if eviction.counts is None:
+            layer.has_lost += [True] * is_fitted.numel()
+        else:
+            layer.has_lost += [n_evicted > 0 for _, n_evicted in eviction.counts]
+        if len(layer.fits) > _MOST_PARTS:
+            layer.fits = [torch.cat(layer.fits, dim=1)]
+
     def to_dict(self) -> dict[int, dict[str, Any]]:
         """One dict of figures per layer, by layer index."""
         return {layer_idx: self._layers[layer_idx].summary() for layer_idx in sorted(self._layers)}
@@ -131,6 +176,8 @@ class MergeReport:
         total = {name: sum(int(row[name] or 0) for row in rows) for name in ("kept", "evicted", "merged")}
         if not total["evicted"]:
             return f"{len(rows)} layers, nothing evicted"
+        if any("heads" in row for row in rows):
+            return self._fits_in_words(rows, total)
         line = f"{len(rows)} layers: {total['evicted']} positions evicted, {total['merged']} merged"
         line += f" ({total['merged'] / total['evicted']:.0%}) into {total['kept']} kept"
         if total["merged"]:
@@ -139,6 +186,18 @@ class MergeReport:
             line += f"; mean similarity {means['similarity_mean']:.2f}, perturbation bound {means['bound_mean']:.0%}"
             line += f", at most {most} into one"
         return line
+
+    @staticmethod
+    def _fits_in_words(rows: list[dict[str, Any]], total: dict[str, int]) -> str:
+        fits = [row for row in rows if "heads" in row]
+        heads, fitted = (sum(row[name] for row in fits) for name in ("heads", "heads_fitted"))
+        before, after = (
+            sum(row[name] * row["heads"] for row in fits) / heads for name in ("error_before", "error_after")
+        )
+        line = (
+            f"{len(rows)} layers: {total['evicted']} positions evicted, {total['kept']} kept, {fitted} of {heads} heads"
+        )
+        return f"{line} re-fitted; squared error of the attention output {before:.1%} before, {after:.1%} after"
 
     __repr__ = __str__
 

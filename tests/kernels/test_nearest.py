@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.nearest import (
     KERNELS,
-    _first_max,
+    first_max,
     naive_nearest_survivors,
     nearest_survivors,
 )
@@ -131,7 +131,7 @@ def test_reduction_keeps_the_first_of_equal_maxima(n_rows):
     generator = torch.Generator().manual_seed(n_rows)
     tile = torch.randint(0, 4, (3, n_rows, 16), generator=generator).float() - 2
     for rows_per_group in (64, n_rows):
-        best, row = _first_max(tile, rows_per_group)
+        best, row = first_max(tile, rows_per_group)
         best, group = best.max(dim=1)
         row = row.gather(1, group[:, None])[:, 0]
         assert torch.equal(best, tile.amax(dim=1))

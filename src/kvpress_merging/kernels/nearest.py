@@ -252,12 +252,12 @@ def _search(
         for block in blocks:
             shape = (n_heads, block.shape[1], query_keys.shape[2])
             tile = torch.bmm(block, query_keys, out=buffer[: prod(shape)].view(shape))
-            best_of_group, row_of_group = _first_max(tile, _POOL)
+            best_of_group, row_of_group = first_max(tile, _POOL)
             best_of_groups.append(best_of_group)
             row_of_groups.append(row_of_group + n_before if n_before else row_of_group)
             n_before += block.shape[1]
         all_best = torch.cat(best_of_groups, dim=1)
-        best_of_all, group = _first_max(all_best, all_best.shape[1])
+        best_of_all, group = first_max(all_best, all_best.shape[1])
         best.append(best_of_all[:, 0])
         index.append(torch.cat(row_of_groups, dim=1).gather(1, group)[:, 0])
 
@@ -292,7 +292,7 @@ def _unit_keys(keys: torch.Tensor, root: torch.Tensor, positions: torch.Tensor) 
     return F.pad(unit, (0, n_missing)) if n_missing else unit
 
 
-def _first_max(tile: torch.Tensor, rows_per_group: int) -> tuple[torch.Tensor, torch.Tensor]:
+def first_max(tile: torch.Tensor, rows_per_group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Largest entry of each column, and the lowest row that has it, in each group of rows.
 

@@ -1,0 +1,184 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""AttentionMatchingPress: re-fit the survivors so that attention over them gives what the full cache gave."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from kvpress_merging.eviction import Eviction
+from kvpress_merging.kernels.match import attention_match
+from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
+from kvpress_merging.merging_press import check_number, rotates_keys
+from kvpress_merging.queries import prerope_queries, reference_positions, rotate
+
+# Tokens seen after the prefill whose queries join those of the context when a press evicts while decoding.
+_MOST_RECENT = 64
+
+
+class LayerQueries:
+    """
+    What one layer's reference queries are made of, from its prefill until its next one.
+
+    Parameters
+    ----------
+    context : torch.Tensor
+        Queries of the context before RoPE, float32, shape ``(bsz, num_key_value_heads, n, head_dim)``.
+    """
+
+    def __init__(self, context: torch.Tensor):
+        self.context = context
+        self.recent: deque[torch.Tensor] = deque(maxlen=_MOST_RECENT)
+        self.rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def queries(self, module: nn.Module) -> torch.Tensor:
+        """Queries before RoPE: the context's, and those of the tokens seen since."""
+        if not self.recent:
+            return self.context
+        return torch.cat([self.context, prerope_queries(module, torch.cat(tuple(self.recent), dim=1))], dim=2)
+
+
+@dataclass
+class AttentionMatchingPress(MergeOnEvictPress):
+    """
+    Match attention on evict: shift the survivors' keys and values so that attention over them gives what it gave.
+
+    A few reference queries, made of the layer's own input and rotated to where the context ends, see in all keys
+    attention p and output O. Two ridge regressions let them see the same in the survivors: a small shift of each
+    survivor's key, by which it attracts the attention of the evicted positions most like it too, and then values that
+    give O under that attention. A head takes the fit only if it beats eviction on queries left out of it. Which
+    positions survive is the inner press's choice alone. See :func:`kvpress_merging.kernels.match.attention_match`.
+
+    After "Fast KV Compaction via Attention Matching" (https://arxiv.org/abs/2602.16284), which fits a bias per key
+    where this shifts the key, so that no attention kernel has to change; KeepKV (https://arxiv.org/abs/2504.09936)
+    tells why the mass matters.
+
+    Parameters
+    ----------
+    press : BasePress
+        The press whose evictions are made good for: any press that evicts positions.
+    n_queries : int, default=128
+        Reference queries per KV head, each from a position of its own, at least 1.
+    key_ridge : float, default=0.1
+        How strongly keys are held where they were, above 0, in units of the mean squared reference query.
+    value_ridge : float, default=0.03
+        How strongly values are held where they were, above 0, in units of attention squared.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a field has a wrong type or value, at construction and when it is set.
+
+    Examples
+    --------
+    >>> from kvpress import SnapKVPress
+    >>> from kvpress_merging import AttentionMatchingPress
+    >>> AttentionMatchingPress(SnapKVPress(0.5), n_queries=128).n_queries
+    128
+    """
+
+    n_queries: int = 128
+    key_ridge: float = 0.1
+    value_ridge: float = 0.03
+
+    # Not a field: it is no part of a press's configuration.
+    _queries: ClassVar[WeakKeyDictionary[nn.Module, LayerQueries]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        object.__setattr__(self, "_queries", WeakKeyDictionary())
+        return self
+
+    def _check_field(self, name: str, value: Any) -> None:
+        super()._check_field(name, value)
+        if name == "n_queries":
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise TypeError(f"n_queries must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"n_queries must be at least 1, got {value!r}")
+        elif name in ("key_ridge", "value_ridge"):
+            check_number(name, value)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
+
+    @torch.no_grad()
+    def observe(self, module: nn.Module, kwargs: dict, is_prefill: bool) -> None:
+        """Keep the queries of a prefill, sampled, and the last tokens of what follows."""
+        hidden_states = kwargs["hidden_states"]
+        if is_prefill or module not in self._queries:
+            self._queries[module] = LayerQueries(self._sample(module, hidden_states))
+        else:
+            self._queries[module].recent.extend(hidden_states[:, -_MOST_RECENT:].detach().split(1, dim=1))
+        self._queries[module].rotation = _last_rotation(module, kwargs)
+
+    def fold(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        kept_keys: torch.Tensor,
+        kept_values: torch.Tensor,
+        eviction: Eviction,
+        kwargs: dict,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Re-fit; see the class. Where a press pruned channels of the survivors' keys, only values are fitted."""
+        if module in self._queries:
+            prerope = self._queries[module].queries(module)
+            rotation = self._queries[module].rotation
+        else:  # a press around this one called ``compress``, with what it had seen
+            assert hidden_states is not None
+            prerope = self._sample(module, hidden_states)
+            rotation = _last_rotation(module, kwargs)
+        assert rotation is not None
+        queries = kept_queries = rotate(prerope, *rotation)
+        if eviction.keys_rewritten and rotates_keys(self.press):
+            kept_queries = rotate(prerope, *_rotation_at(module, kwargs, kept_keys.shape[2] - 1))
+
+        match = attention_match(
+            keys,
+            values,
+            kept_keys,
+            kept_values,
+            queries.contiguous(),
+            kept_queries.contiguous(),
+            eviction,
+            key_ridge=self.key_ridge,
+            value_ridge=self.value_ridge,
+            fit_keys=not eviction.keys_rewritten or rotates_keys(self.press),
+        )
+        self.report.record_fit(
+            int(module.layer_idx),  # type: ignore[arg-type]
+            eviction,
+            match.is_fitted,
+            match.error_before,
+            match.error_after,
+        )
+        return match.keys, match.values
+
+    def _sample(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        positions = reference_positions(hidden_states.shape[1], self.n_queries, hidden_states.device)
+        return prerope_queries(module, hidden_states[:, positions])
+
+
+def _rotation_at(module: nn.Module, kwargs: dict, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of one position of a forward pass, each of shape ``(bsz or 1, rotary_dim)``."""
+    if kwargs.get("position_embeddings") is None:
+        raise ValueError(
+            f"{type(module).__name__} is not given position_embeddings (cos, sin), so its queries cannot be rotated to "
+            "where the context ends: AttentionMatchingPress needs a model with rotary embeddings"
+        )
+    cos, sin = kwargs["position_embeddings"]
+    return cos[:, position], sin[:, position]
+
+
+def _last_rotation(module: nn.Module, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    return _rotation_at(module, kwargs, -1)

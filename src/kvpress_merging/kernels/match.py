@@ -1,0 +1,347 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Re-fit the survivors of a layer so that attention over them gives what attention over the full cache gave.
+
+After "Fast KV Compaction via Attention Matching" (https://arxiv.org/abs/2602.16284), and KeepKV
+(https://arxiv.org/abs/2504.09936) for why the attention mass of what is evicted matters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvpress_merging.eviction import Eviction
+from kvpress_merging.kernels.nearby import naive_nearest_nearby, nearest_nearby
+from kvpress_merging.kernels.nearest import block_bytes, gather_rows, head_blocks
+
+# Attention below this share is nothing: it keeps logarithms of what is not attended to from running away.
+_LEAST_MASS = 1e-30
+# No key is asked to attract more than exp(this) times its own attention.
+_MOST_GROWTH = 20.0
+# Share of eviction's error that a fit may leave on queries left out: what few queries say of others is uncertain.
+_MOST_ERROR = 0.8
+# No query is taken to decide its own fit by more than all but this: it bounds what leaving it out divides by.
+_LEAST_FREEDOM = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """
+    What the re-fit made of one layer.
+
+    Parameters
+    ----------
+    keys, values : torch.Tensor
+        The survivors after the fit: order, shape, dtype and device of what the press left. Heads that keep eviction's
+        result keep its bits.
+    is_fitted : torch.Tensor
+        Which heads took the fit, bool, shape ``(bsz, num_key_value_heads)``.
+    error_before, error_after : torch.Tensor
+        Squared error of the attention output over the reference queries, relative to the full output's, of eviction and
+        of the fit, each query left out of the fit in its turn; float32, same shape. 0 where nothing was evicted.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    is_fitted: torch.Tensor
+    error_before: torch.Tensor
+    error_after: torch.Tensor
+
+
+@torch.no_grad()
+def attention_match(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kept_keys: torch.Tensor,
+    kept_values: torch.Tensor,
+    queries: torch.Tensor,
+    kept_queries: torch.Tensor,
+    eviction: Eviction,
+    *,
+    key_ridge: float,
+    value_ridge: float,
+    fit_keys: bool = True,
+) -> Match:
+    """
+    Shift the survivors' keys and values so that reference queries see in them what they saw in all.
+
+    For each head, with ``p_rj`` the attention of reference query r to position j of the full cache and
+    ``O_r = sum_j p_rj v_j``:
+
+    1. *mass*. Each evicted position is counted to the survivor whose logits are most like its own, of some that are
+       near it in the context (:func:`~kvpress_merging.kernels.nearby.nearest_nearby` in the norm of ``Q^T Q + a I``).
+       The logit of survivor j should then grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the i
+       counted to j. The shift of its key that does so best is a ridge regression, ``D = (Q^T Q + a I)^-1 Q^T d_j``,
+       one factorization for all survivors.
+    2. *values*. With the attention ``A`` that the survivors then get (in shares of the full cache's mass, not made to
+       add up to 1, since tokens to come share it with them), ``V' = V + A^T (A A^T + b I)^-1 (O - A V)``: a ridge
+       regression towards the values that were there.
+    3. *do no harm*. Both steps know in closed form what they would say of a query that they had not seen (leave one
+       out). ``A`` is made of such logits, and a head takes the fit only if the squared error of output and mass over
+       queries left out is clearly (a fifth) below eviction's.
+
+    All arithmetic is in float32; systems are solved by Cholesky factorization. Nothing is read back from the device.
+    Whatever is not finite leaves its head as eviction left it. Linear in the context.
+
+    Parameters
+    ----------
+    keys, values : torch.Tensor
+        The layer before the eviction, shapes ``(bsz, num_key_value_heads, k_len, head_dim)``; the head_dim of values
+        may differ from that of keys.
+    kept_keys, kept_values : torch.Tensor
+        What the press left, shapes ``(bsz, num_key_value_heads, n_slots, head_dim)``. Not written to.
+    queries : torch.Tensor
+        Reference queries, float32, scaled and rotated to where ``keys`` will be asked from, shape
+        ``(bsz, num_key_value_heads, n_queries, head_dim)``.
+    kept_queries : torch.Tensor
+        The same for ``kept_keys``; the same tensor unless the press rotated the survivors' keys anew.
+    eviction : Eviction
+        Which positions survived, where they stand in what the press left, and which were evicted.
+    key_ridge : float
+        ``a``, in units of the mean of the diagonal of ``Q^T Q``.
+    value_ridge : float
+        ``b``; attention adds up to 1 over a row of ``A``, so the diagonal of ``A A^T`` is at most about 1.
+    fit_keys : bool
+        Whether keys may be shifted. Otherwise only values are fitted.
+
+    Returns
+    -------
+    Match
+        The survivors' keys and values, and how well they stand for what was evicted.
+    """
+    bsz, num_key_value_heads, _, head_dim = kept_keys.shape
+    new_keys, new_values = kept_keys.clone(), kept_values.clone()
+    is_fitted = torch.zeros((bsz, num_key_value_heads), dtype=torch.bool, device=keys.device)
+    error_before = torch.zeros((bsz, num_key_value_heads), dtype=torch.float32, device=keys.device)
+    error_after = torch.zeros_like(error_before)
+
+    n_rows = eviction.survivors.shape[-1] + eviction.evicted.shape[-1]
+    bytes_per_head = 4 * max(1, n_rows) * max(1, head_dim, queries.shape[2])
+    for b, heads, n_survivors, n_evicted in head_blocks(eviction, max(1, block_bytes(keys.device) // bytes_per_head)):
+        if n_survivors == 0 or n_evicted == 0:
+            continue
+        survivors, evicted = eviction.survivors[b, heads, :n_survivors], eviction.evicted[b, heads, :n_evicted]
+        slots = eviction.slots[b, heads, :n_survivors]
+        before = gather_rows(kept_keys[b, heads], slots), gather_rows(kept_values[b, heads], slots)
+        after_keys, after_values, *rest = _fit(
+            keys[b, heads],
+            values[b, heads],
+            before[0].float(),
+            before[1].float(),
+            queries[b, heads],
+            kept_queries[b, heads],
+            survivors,
+            evicted,
+            keys_rewritten=eviction.keys_rewritten,
+            key_ridge=key_ridge,
+            value_ridge=value_ridge,
+            fit_keys=fit_keys,
+        )
+        is_better, error_before[b, heads], error_after[b, heads] = rest
+        after_keys, after_values = after_keys.to(keys.dtype), after_values.to(values.dtype)
+        is_better = is_better & after_keys.isfinite().all(dim=(1, 2)) & after_values.isfinite().all(dim=(1, 2))
+        is_fitted[b, heads] = is_better
+        for new, old, fitted in ((new_keys, before[0], after_keys), (new_values, before[1], after_values)):
+            rows = torch.where(is_better[:, None, None], fitted, old)
+            new[b, heads] = new[b, heads].scatter(1, slots[..., None].expand_as(rows), rows)
+    return Match(new_keys, new_values, is_fitted, error_before, error_after)
+
+
+def _fit(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kept_keys: torch.Tensor,
+    kept_values: torch.Tensor,
+    queries: torch.Tensor,
+    kept_queries: torch.Tensor,
+    survivors: torch.Tensor,
+    evicted: torch.Tensor,
+    *,
+    keys_rewritten: bool,
+    key_ridge: float,
+    value_ridge: float,
+    fit_keys: bool,
+) -> tuple[torch.Tensor, ...]:
+    """
+    Fit a block of heads; shapes are those of :func:`attention_match` without the batch axis and without padding.
+
+    ``kept_keys`` and ``kept_values`` are float32 and in the order of ``survivors``.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Keys, values, whether the fit is better than eviction, and the relative errors of eviction and of the fit.
+    """
+    survivor_keys, evicted_keys = gather_rows(keys, survivors).float(), gather_rows(keys, evicted).float()
+    survivor_values, evicted_values = gather_rows(values, survivors).float(), gather_rows(values, evicted).float()
+    n_heads, n_survivors, _ = survivor_keys.shape
+
+    # Positions run along rows, queries along columns, so that rows can be gathered and added. In place where it can be:
+    # on a CPU most of the time goes into passes over these matrices.
+    transposed = queries.transpose(1, 2)
+    kept_logits = torch.bmm(survivor_keys, transposed)
+    lost_mass = torch.bmm(evicted_keys, transposed)
+    largest = torch.maximum(kept_logits.amax(dim=1, keepdim=True), lost_mass.amax(dim=1, keepdim=True))
+    kept_mass = kept_logits.sub_(largest).exp_()
+    lost_mass.sub_(largest).exp_()
+    share = kept_mass.sum(dim=1, keepdim=True).add_(lost_mass.sum(dim=1, keepdim=True)).reciprocal_()
+    kept_mass.mul_(share)
+    lost_mass.mul_(share)
+    output = torch.bmm(kept_mass.transpose(1, 2), survivor_values)
+    output.baddbmm_(lost_mass.transpose(1, 2), evicted_values)
+
+    # What the survivors have without a fit, as the press left their keys.
+    mass = kept_mass
+    if keys_rewritten:
+        mass = torch.bmm(kept_keys, kept_queries.transpose(1, 2)).sub_(largest).exp_().mul_(share)
+    residual = torch.baddbmm(output, mass.transpose(1, 2), kept_values, alpha=-1)
+    error_of_eviction = _squared_error(residual, mass, output)
+
+    shifted_keys = kept_keys
+    if fit_keys:
+        factor = _cholesky(_second_moment(queries, key_ridge))
+        target = nearest_nearby(
+            torch.bmm(survivor_keys, factor),
+            torch.bmm(evicted_keys, factor),
+            torch.searchsorted(survivors.contiguous(), evicted.contiguous()),
+        )
+        if kept_queries is not queries:
+            factor = _cholesky(_second_moment(kept_queries, key_ridge))
+        first_row = torch.arange(0, n_heads * n_survivors, n_survivors, device=keys.device)[:, None]
+        growth = kept_mass + _LEAST_MASS
+        growth.view(n_heads * n_survivors, -1).index_add_(0, (target + first_row).view(-1), lost_mass.flatten(0, 1))
+        growth.div_(mass + _LEAST_MASS).log_()
+        smoother = torch.cholesky_solve(kept_queries.transpose(1, 2), factor)  # head_dim x n_queries
+        shift = torch.bmm(growth, smoother.transpose(1, 2))
+        shifted_keys = kept_keys + shift
+        # A query's growth as the others would have it, (fit - leverage * growth) / (1 - leverage).
+        leverage = (kept_queries * smoother.transpose(1, 2)).sum(dim=-1, keepdim=True)
+        weight = 1 / (1 - leverage).clamp_(min=_LEAST_FREEDOM)
+        growth.mul_((1 - weight).transpose(1, 2)).baddbmm_(shift, (kept_queries * weight).transpose(1, 2))
+        mass = growth.clamp_(-_MOST_GROWTH, _MOST_GROWTH).exp_().mul_(mass)
+        residual = torch.baddbmm(output, mass.transpose(1, 2), kept_values, alpha=-1)
+
+    gram = torch.bmm(mass.transpose(1, 2), mass)
+    gram.diagonal(dim1=1, dim2=2).add_(value_ridge)
+    factor = _cholesky(gram)
+    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+    root = torch.linalg.solve_triangular(factor, identity, upper=False)  # root^T root is the inverse
+    coefficients = torch.bmm(root.transpose(1, 2), torch.bmm(root, residual))
+    fitted_values = torch.baddbmm(kept_values, mass, coefficients)
+    # The residual of each query in a fit without it.
+    left_out = coefficients / root.square().sum(dim=1)[..., None]
+    error_of_fit = _squared_error(left_out, mass, output)
+
+    scale = output.square().sum(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+    # False where either is not a number.
+    is_better = error_of_fit < _MOST_ERROR * error_of_eviction
+    return shifted_keys, fitted_values, is_better, error_of_eviction / scale, error_of_fit / scale
+
+
+def naive_attention_match(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    kept_keys: torch.Tensor,
+    kept_values: torch.Tensor,
+    queries: torch.Tensor,
+    kept_queries: torch.Tensor,
+    eviction: Eviction,
+    *,
+    key_ridge: float,
+    value_ridge: float,
+    fit_keys: bool = True,
+) -> Match:
+    """
+    :func:`attention_match` as one would write it down: head by head, in float64, with a fit of its own for each query
+    that is left out.
+    """
+    new_keys, new_values = kept_keys.clone(), kept_values.clone()
+    is_fitted = torch.zeros(kept_keys.shape[:2], dtype=torch.bool)
+    error_before, error_after = torch.zeros(2, *kept_keys.shape[:2], dtype=torch.float32)
+    for b, heads, n_survivors, n_evicted in head_blocks(eviction, heads_per_block=1):
+        h = heads.start
+        survivors, evicted = eviction.survivors[b, h, :n_survivors], eviction.evicted[b, h, :n_evicted]
+        slots = eviction.slots[b, h, :n_survivors]
+        if n_survivors == 0 or n_evicted == 0:
+            continue
+        all_keys, all_values = keys[b, h].double(), values[b, h].double()
+        q, kept_q = queries[b, h].double(), kept_queries[b, h].double()
+        old_keys, old_values = kept_keys[b, h, slots].double(), kept_values[b, h, slots].double()
+
+        logits = q @ all_keys[torch.cat([survivors, evicted])].T
+        normalizer = logits.logsumexp(dim=1, keepdim=True)
+        kept_mass, lost_mass = (logits - normalizer).exp().split([n_survivors, n_evicted], dim=1)
+        output = kept_mass @ all_values[survivors] + lost_mass @ all_values[evicted]
+        mass = (kept_q @ old_keys.T - normalizer).exp()
+        error_of_eviction = _naive_squared_error(output - mass @ old_values, mass, output)
+
+        fitted_keys = old_keys
+        if fit_keys:
+            identity = torch.eye(q.shape[1], dtype=q.dtype)
+            seen = torch.linalg.cholesky(q.T @ q + key_ridge * (q.T @ q).diagonal().mean() * identity)
+            place = torch.searchsorted(survivors, evicted)
+            target = naive_nearest_nearby(all_keys[survivors] @ seen, all_keys[evicted] @ seen, place)
+            growth = kept_mass.index_add(1, target, lost_mass) + _LEAST_MASS
+            growth = (growth / (mass + _LEAST_MASS)).log()
+            gram = kept_q.T @ kept_q
+            ridge = key_ridge * gram.diagonal().mean() * identity
+            fitted_keys = old_keys + torch.linalg.solve(gram + ridge, kept_q.T @ growth).T
+            others_say = []
+            for r in range(len(q)):
+                others = torch.arange(len(q)) != r
+                gram = kept_q[others].T @ kept_q[others]
+                others_say.append(kept_q[r] @ torch.linalg.solve(gram + ridge, kept_q[others].T @ growth[others]))
+            mass = mass * torch.stack(others_say).clamp(-_MOST_GROWTH, _MOST_GROWTH).exp()
+
+        residual = output - mass @ old_values
+
+        everyone = torch.arange(len(q))
+        left_out = [
+            residual[r] - mass[r] @ _naive_change(mass, residual, everyone[everyone != r], value_ridge)
+            for r in range(len(q))
+        ]
+        error_of_fit = _naive_squared_error(torch.stack(left_out), mass, output)
+        scale = output.square().sum()
+        error_before[b, h], error_after[b, h] = error_of_eviction / scale, error_of_fit / scale
+        is_fitted[b, h] = error_of_fit < _MOST_ERROR * error_of_eviction
+        if is_fitted[b, h]:
+            new_keys[b, h, slots] = fitted_keys.to(keys.dtype)
+            new_values[b, h, slots] = (old_values + _naive_change(mass, residual, everyone, value_ridge)).to(
+                values.dtype
+            )
+    return Match(new_keys, new_values, is_fitted, error_before, error_after)
+
+
+def _naive_change(mass: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor, value_ridge: float) -> torch.Tensor:
+    """What the value step adds to the survivors' values if it is made of these queries."""
+    gram = mass[rows] @ mass[rows].T + value_ridge * torch.eye(len(rows), dtype=mass.dtype)
+    return mass[rows].T @ torch.linalg.solve(gram, residual[rows])
+
+
+def _naive_squared_error(residual: torch.Tensor, mass: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    missing = mass.sum(dim=1, keepdim=True) - 1
+    return residual.square().sum() + (missing * output).square().sum()
+
+
+def _squared_error(residual: torch.Tensor, mass: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Squared error of output and mass over all queries of a head, the mass in units of the output."""
+    of_output = residual.square().sum(dim=(1, 2))
+    of_mass = ((mass.sum(dim=1) - 1).square() * output.square().sum(dim=-1)).sum(dim=-1)
+    return of_output + of_mass
+
+
+def _second_moment(queries: torch.Tensor, key_ridge: float) -> torch.Tensor:
+    """``Q^T Q`` plus ``key_ridge`` times the mean of its diagonal, shape ``(n_heads, head_dim, head_dim)``."""
+    gram = torch.bmm(queries.transpose(1, 2), queries)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal.add_(key_ridge * diagonal.mean(dim=-1, keepdim=True))
+    return gram
+
+
+def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
+    """Without an exception, and the reading back that it would take: what has no factor fails as not finite."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return factor.masked_fill_((info != 0)[:, None, None], torch.nan)

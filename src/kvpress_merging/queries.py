@@ -1,0 +1,105 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""Reference queries of a layer: what its own context would ask, from where the context ends."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# Positions are the n equal steps of (0, 1) raised to this power, times the length: denser towards the end, whose
+# queries are most like those that will be asked.
+_CROWDING = 2 / 3
+
+
+def reference_positions(q_len: int, n_queries: int, device: torch.device) -> torch.Tensor:
+    """
+    Positions to take reference queries from: over the whole context, denser towards its end.
+
+    Parameters
+    ----------
+    q_len : int
+        Positions to choose from.
+    n_queries : int
+        How many; all of them where there are no more.
+    device : torch.device
+        Where the answer is needed.
+
+    Returns
+    -------
+    torch.Tensor
+        int64, shape ``(min(n_queries, q_len),)``, ascending.
+    """
+    if n_queries >= q_len:
+        return torch.arange(q_len, device=device)
+    steps = (torch.arange(n_queries, device=device, dtype=torch.float64) + 0.5) / n_queries
+    # Even steps where the last ones would otherwise meet at one position.
+    power = _CROWDING if n_queries <= _CROWDING * q_len else 1.0
+    return (q_len * steps**power).long()
+
+
+def prerope_queries(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """
+    Queries that a layer makes of hidden states, before RoPE, one per position and KV head.
+
+    Each KV head serves a group of query heads; position after position takes the next of them in turn. So n positions
+    give n different queries for the price of n, and every query head has its say. The number of heads is read off the
+    projection, so that a layer split over several devices works with the heads it has.
+
+    Parameters
+    ----------
+    module : nn.Module
+        An attention layer with ``q_proj`` or, as Phi3, ``qkv_proj``; its ``q_norm``, as Qwen3 and Gemma3 have it, is
+        applied.
+    hidden_states : torch.Tensor
+        Its input at the chosen positions, shape ``(bsz, n, hidden_dim)``.
+
+    Returns
+    -------
+    torch.Tensor
+        float32, shape ``(bsz, num_key_value_heads, n, head_dim)``, times the layer's ``scaling``: their products with
+        keys are attention logits.
+
+    Raises
+    ------
+    TypeError
+        If the layer has neither projection.
+    """
+    head_dim = int(module.head_dim)  # type: ignore[arg-type]
+    bsz, n, _ = hidden_states.shape
+    n_groups = int(module.num_key_value_groups)  # type: ignore[arg-type]
+    if hasattr(module, "q_proj"):
+        queries = module.q_proj(hidden_states)  # type: ignore[operator]
+    elif hasattr(module, "qkv_proj"):
+        # Queries, keys and values side by side, n_groups : 1 : 1 in heads.
+        qkv = module.qkv_proj(hidden_states)  # type: ignore[operator]
+        queries = qkv[..., : qkv.shape[-1] * n_groups // (n_groups + 2)]
+    else:
+        raise TypeError(f"{type(module).__name__} has neither q_proj nor qkv_proj to make reference queries with")
+    queries = queries.view(bsz, n, -1, n_groups, head_dim)
+    turn = torch.arange(n, device=queries.device) % n_groups
+    queries = queries.gather(3, turn[:, None, None, None].expand(bsz, -1, queries.shape[2], 1, head_dim)).squeeze(3)
+    if hasattr(module, "q_norm"):
+        queries = module.q_norm(queries)  # type: ignore[operator]
+    scaling = getattr(module, "scaling", head_dim**-0.5)
+    return queries.transpose(1, 2).float() * scaling
+
+
+def rotate(queries: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    RoPE: queries as they are when asked at another position.
+
+    Parameters
+    ----------
+    queries : torch.Tensor
+        Before RoPE, shape ``(bsz, num_key_value_heads, n, head_dim)``.
+    cos, sin : torch.Tensor
+        Of that position, as the layer is given them: shape ``(bsz or 1, rotary_dim)``. Where ``rotary_dim`` is less
+        than ``head_dim`` the rest is not rotated.
+    """
+    rotary_dim = cos.shape[-1]
+    turned, rest = queries[..., :rotary_dim], queries[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    cos, sin = cos.float()[:, None, None], sin.float()[:, None, None]
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned

@@ -1,0 +1,309 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""The re-fit: against its naive form, an oracle in plain loops, and what it promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import Layer, evict, heads_of, layers, put_special_row, random_layer, random_rows, shrunk
+
+from kvpress_merging.eviction import Eviction
+from kvpress_merging.kernels import match as match_module
+from kvpress_merging.kernels.match import Match, attention_match, naive_attention_match
+
+RIDGES = {"key_ridge": 0.1, "value_ridge": 0.1}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def queries_for(layer: Layer, n_queries: int, seed: int = 5) -> torch.Tensor:
+    bsz, heads, _, head_dim = layer.keys.shape
+    return random_rows(bsz, heads, n_queries, head_dim, seed=seed) * head_dim**-0.5
+
+
+def redundant_layer(bsz: int = 1, heads: int = 2, k_len: int = 40, n_kept: int = 20, **options) -> Layer:
+    """Neighbours hold nearly the same, as in a text: what is evicted has a survivor that it resembles."""
+    dtype, kind, seed = options.get("dtype", torch.float32), options.get("kind", "shrunk"), options.get("seed", 0)
+    keys, values = (
+        random_rows(bsz, heads, k_len // 4 + 1, 8, seed=seed + i).repeat_interleave(4, 2)[:, :, :k_len]
+        + 0.2 * random_rows(bsz, heads, k_len, 8, seed=seed + 10 + i)
+        for i in (0, 1)
+    )
+    return evict(keys.to(dtype), values.to(dtype), n_kept, kind, seed)
+
+
+def run(layer: Layer, queries: torch.Tensor, kernel=attention_match, kept_queries=None, **options) -> Match:
+    return kernel(
+        layer.keys,
+        layer.values,
+        layer.kept_keys,
+        layer.kept_values,
+        queries,
+        queries if kept_queries is None else kept_queries,
+        layer.eviction,
+        **RIDGES | options,
+    )
+
+
+def assert_same(actual: Match, expected: Match, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(actual.error_before, expected.error_before, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(actual.error_after, expected.error_after, rtol=5e-3, atol=1e-4)
+    # A head that is about as good either way may go either way.
+    differs = actual.is_fitted != expected.is_fitted
+    margin = 0.8 * expected.error_before - expected.error_after
+    assert margin.abs()[differs].lt(1e-2 * expected.error_before[differs]).all()
+    for ours, theirs in ((actual.keys, expected.keys), (actual.values, expected.values)):
+        assert ours.dtype == dtype
+        assert ours.shape == theirs.shape
+        tolerance = TOLERANCE[dtype]
+        torch.testing.assert_close(
+            ours[~differs].float(), theirs[~differs].float(), rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+
+
+# Against the naive form.
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["shrunk", "masked", "ragged"])
+@pytest.mark.parametrize(("k_len", "n_kept"), [(2, 1), (40, 20), (41, 33), (150, 70), (200, 140)])
+def test_it_gives_what_its_naive_form_gives(kind, dtype, k_len, n_kept):
+    layer = redundant_layer(2, 3, k_len, n_kept, kind=kind, dtype=dtype)
+    queries = queries_for(layer, 13)
+    assert_same(run(layer, queries), run(layer, queries, naive_attention_match), dtype)
+
+
+@pytest.mark.parametrize("n_queries", [1, 2, 7, 40])
+@pytest.mark.parametrize("options", [{}, {"fit_keys": False}, {"key_ridge": 2.0, "value_ridge": 0.01}])
+def test_parameters_and_numbers_of_queries(n_queries, options):
+    layer = redundant_layer(1, 2, 60, 21)
+    queries = queries_for(layer, n_queries)
+    assert_same(run(layer, queries, **options), run(layer, queries, naive_attention_match, **options), torch.float32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layer=layers(), n_queries=st.integers(1, 9), fit_keys=st.booleans())
+def test_any_layer_leaves_finite_heads_finite_and_unfitted_heads_as_they_were(layer, n_queries, fit_keys):
+    match = run(layer, queries_for(layer, n_queries), fit_keys=fit_keys)
+    assert match.keys.shape == layer.kept_keys.shape
+    assert match.values.shape == layer.kept_values.shape
+    assert match.keys.dtype == layer.keys.dtype
+    for b, h, _, slots, evicted in heads_of(layer.eviction):
+        if not match.is_fitted[b, h] or not evicted:
+            assert match.keys[b, h].equal(layer.kept_keys[b, h]) or not layer.kept_keys[b, h].isfinite().all()
+            torch.testing.assert_close(match.keys[b, h], layer.kept_keys[b, h], rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(match.values[b, h], layer.kept_values[b, h], rtol=0, atol=0, equal_nan=True)
+        else:
+            assert match.keys[b, h, slots].isfinite().all()
+            assert match.values[b, h, slots].isfinite().all()
+            assert match.error_after[b, h] < 0.8001 * match.error_before[b, h]
+        left_alone = sorted(set(range(layer.kept_keys.shape[2])) - set(slots))
+        torch.testing.assert_close(
+            match.keys[b, h, left_alone], layer.kept_keys[b, h, left_alone], rtol=0, atol=0, equal_nan=True
+        )
+
+
+# An oracle in plain loops.
+
+
+def oracle(layer: Layer, queries: list, b: int, h: int, survivors: list[int], evicted: list[int]) -> list[list[float]]:
+    """New values of one head by the value step alone, by Gaussian elimination on Python floats."""
+    keys, values = layer.keys[b, h].double().tolist(), layer.values[b, h].double().tolist()
+    kept = [values[j] for j in survivors]
+    rows, residuals = [], []
+    for query in queries:
+        weight = {j: math.exp(math.fsum(x * y for x, y in zip(query, keys[j]))) for j in survivors + evicted}
+        total = math.fsum(weight.values())
+        rows.append([weight[j] / total for j in survivors])
+        residuals.append([math.fsum(weight[i] / total * values[i][d] for i in evicted) for d in range(len(kept[0]))])
+    n = len(rows)
+    system = [
+        [
+            math.fsum(x * y for x, y in zip(rows[r], rows[s])) + (RIDGES["value_ridge"] if r == s else 0)
+            for s in range(n)
+        ]
+        + residuals[r]
+        for r in range(n)
+    ]
+    for r in range(n):
+        pivot = max(range(r, n), key=lambda row: abs(system[row][r]))
+        system[r], system[pivot] = system[pivot], system[r]
+        system[r] = [x / system[r][r] for x in system[r]]
+        for s in range(n):
+            if s != r:
+                system[s] = [x - system[s][r] * y for x, y in zip(system[s], system[r])]
+    return [
+        [kept[j][d] + math.fsum(rows[r][j] * system[r][n + d] for r in range(n)) for d in range(len(kept[0]))]
+        for j in range(len(survivors))
+    ]
+
+
+@pytest.mark.parametrize("kind", ["shrunk", "ragged"])
+def test_values_are_the_ridge_regression_that_loops_in_float64_give(kind):
+    layer = redundant_layer(1, 2, 24, 9, kind=kind)
+    queries = queries_for(layer, 5)
+    match = run(layer, queries, fit_keys=False)
+    assert match.is_fitted.any()
+    for b, h, survivors, slots, evicted in heads_of(layer.eviction):
+        if match.is_fitted[b, h]:
+            expected = torch.tensor(oracle(layer, queries[b, h].tolist(), b, h, survivors, evicted))
+            torch.testing.assert_close(match.values[b, h, slots], expected.float(), rtol=1e-4, atol=1e-5)
+
+
+# What it promises.
+
+
+def attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return (queries @ keys.transpose(-1, -2)).softmax(dim=-1) @ values
+
+
+@pytest.mark.parametrize("n_kept", [8, 20, 32])
+def test_queries_that_it_has_not_seen_get_nearer_to_the_full_output(n_kept):
+    layer = redundant_layer(2, 4, 40, n_kept)
+    # queries of a text lie about a few directions
+    directions = random_rows(2, 4, 1, 8, seed=8)
+    seen, unseen = (directions + 0.3 * random_rows(2, 4, 64, 8, seed=seed) for seed in (20, 21))
+    match = run(layer, seen)
+    full = attention(unseen, layer.keys, layer.values)
+    evicted = (attention(unseen, layer.kept_keys, layer.kept_values) - full).norm(dim=(-1, -2))
+    fitted = (attention(unseen, match.keys, match.values) - full).norm(dim=(-1, -2))
+    assert fitted.mean() < 0.5 * evicted.mean()
+
+
+def test_a_head_whose_fit_is_no_better_on_queries_left_out_keeps_evictions_bits():
+    layer = random_layer(1, 6, 40, 38, head_dim=8, seed=4)  # two of forty gone, and they resemble nothing
+    match = run(layer, 3 * random_rows(1, 6, 4, 8, seed=1), key_ridge=1e-3, value_ridge=1e-3)
+    assert not match.is_fitted.all()
+    for h in range(6):
+        if not match.is_fitted[0, h]:
+            assert match.error_after[0, h] >= 0.7999 * match.error_before[0, h]
+            assert match.keys[0, h].equal(layer.kept_keys[0, h])
+            assert match.values[0, h].equal(layer.kept_values[0, h])
+
+
+def test_large_ridges_are_plain_eviction():
+    layer = redundant_layer(1, 3)
+    match = run(layer, queries_for(layer, 9), key_ridge=1e8, value_ridge=1e8)
+    torch.testing.assert_close(match.keys, layer.kept_keys, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(match.values, layer.kept_values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["shrunk", "masked", "ragged"])
+def test_nothing_evicted_and_nothing_kept_change_nothing(kind):
+    for n_kept in (0, 12):
+        layer = random_layer(2, 2, 12, n_kept, kind=kind, seed=1)
+        match = run(layer, queries_for(layer, 4))
+        assert match.keys.equal(layer.kept_keys)
+        assert match.values.equal(layer.kept_values)
+        assert not match.is_fitted.any()
+        assert not match.error_before.any()
+
+
+def test_scaling_the_values_scales_the_result():
+    layer = redundant_layer(1, 3)
+    queries = queries_for(layer, 9)
+    match = run(layer, queries)
+    scaled = run(Layer(layer.keys, 4 * layer.values, layer.kept_keys, 4 * layer.kept_values, layer.eviction), queries)
+    assert scaled.is_fitted.equal(match.is_fitted)
+    torch.testing.assert_close(scaled.values, 4 * match.values)
+    torch.testing.assert_close(scaled.keys, match.keys)
+
+
+@pytest.mark.parametrize("kind", ["shrunk", "ragged"])
+def test_a_head_does_not_depend_on_others(kind):
+    layer = redundant_layer(2, 3, kind=kind)
+    queries = queries_for(layer, 9)
+    together = run(layer, queries)
+    broken = Layer(*(tensor.clone() for tensor in vars(layer).values() if torch.is_tensor(tensor)), layer.eviction)
+    for tensor in (broken.keys, broken.kept_keys):
+        tensor[0, 1] = torch.nan
+    match = run(broken, queries)
+    assert not match.is_fitted[0, 1]
+    others = torch.ones(2, 3, dtype=torch.bool)
+    others[0, 1] = False
+    assert match.is_fitted[others].equal(together.is_fitted[others])
+    torch.testing.assert_close(match.keys[others], together.keys[others])
+    torch.testing.assert_close(match.values[others], together.values[others])
+    assert match.values[0, 1].equal(broken.kept_values[0, 1])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("row", ["zero", "nan", "inf", "huge", "subnormal"])
+@pytest.mark.parametrize("of", ["survivor", "evicted"])
+def test_rows_that_arithmetic_stumbles_over_leave_no_nan(row, of, dtype):
+    keys, values = (random_rows(1, 2, 30, 8, seed=i, dtype=dtype) for i in (0, 1))
+    kept = torch.arange(0, 30, 2).expand(1, 2, -1)
+    for rows in (keys, values):
+        put_special_row(rows, 0, 0, 4 if of == "survivor" else 5, row)
+    layer = shrunk(keys, values, kept)
+    match = run(layer, queries_for(layer, 6))
+    for ours, before in ((match.keys, layer.kept_keys), (match.values, layer.kept_values)):
+        assert ours.isfinite()[before.isfinite().all(dim=-1)].all()
+    if row in ("nan", "inf"):
+        assert not match.is_fitted[0, 0]
+
+
+def test_repeated_tokens_and_equal_queries_are_no_singular_system():
+    keys, values = (random_rows(1, 2, 1, 8, seed=i).expand(1, 2, 30, 8).contiguous() for i in (0, 1))
+    layer = shrunk(keys, values, torch.arange(0, 30, 3).expand(1, 2, -1))
+    queries = random_rows(1, 2, 1, 8, seed=3).expand(1, 2, 12, 8).contiguous()
+    match = run(layer, queries, key_ridge=1e-3, value_ridge=1e-3)
+    assert match.is_fitted.all()
+    # ten stand for thirty: together they attract what the thirty did
+    attracted, before = (
+        (queries[:, :, :1] @ rows.transpose(-1, -2)).exp().sum(-1) for rows in (match.keys, layer.keys)
+    )
+    torch.testing.assert_close(attracted, before, rtol=0.02, atol=0)
+    torch.testing.assert_close(match.values, layer.kept_values, rtol=0.01, atol=0.01)
+
+
+def test_keys_that_the_press_rotated_anew_are_fitted_with_queries_rotated_as_far():
+    layer = redundant_layer(1, 2)
+    queries = queries_for(layer, 64)
+    rotation = torch.linalg.qr(random_rows(8, 8, seed=9)).Q
+    rotated = Layer(
+        layer.keys,
+        layer.values,
+        layer.kept_keys @ rotation,
+        layer.kept_values,
+        Eviction(**vars(layer.eviction) | {"keys_rewritten": True}),
+    )
+    match, expected = run(rotated, queries, kept_queries=queries @ rotation), run(layer, queries)
+    assert expected.is_fitted.all()
+    torch.testing.assert_close(match.values, expected.values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(match.keys, expected.keys @ rotation, rtol=1e-4, atol=1e-4)
+    assert_same(match, run(rotated, queries, naive_attention_match, kept_queries=queries @ rotation), torch.float32)
+
+
+def test_two_runs_give_the_same_bits():
+    layer = redundant_layer(2, 3, 400, 150, kind="ragged")
+    queries = queries_for(layer, 40)
+    first, second = run(layer, queries), run(layer, queries)
+    assert first.keys.equal(second.keys)
+    assert first.values.equal(second.values)
+
+
+@pytest.mark.parametrize("heads_per_block", [1, 2, 5])
+def test_blocks_of_heads_do_not_change_the_result(heads_per_block, monkeypatch):
+    layer = redundant_layer(1, 5, 60, 20)
+    queries = queries_for(layer, 9)
+    expected = run(layer, queries)
+    monkeypatch.setattr(match_module, "block_bytes", lambda device: 4 * 60 * 9 * heads_per_block)
+    match = run(layer, queries)
+    torch.testing.assert_close(match.keys, expected.keys)
+    torch.testing.assert_close(match.values, expected.values)
+
+
+def test_it_runs_on_meta_tensors_of_a_long_context():
+    k_len, n_kept = 131_072, 65_536
+    keys, values = (torch.empty(1, 8, k_len, 128, dtype=torch.bfloat16, device="meta") for _ in "kv")
+    kept = torch.empty(1, 8, n_kept, dtype=torch.int64, device="meta")
+    layer = Layer(keys, values, keys[:, :, :n_kept], values[:, :, :n_kept], Eviction.from_kept(kept, k_len))
+    match = run(layer, torch.empty(1, 8, 128, 128, device="meta"))
+    assert match.keys.shape == match.values.shape == (1, 8, n_kept, 128)
+    assert match.keys.dtype == torch.bfloat16
+    assert match.is_fitted.device.type == match.error_after.device.type == "meta"

@@ -1,0 +1,370 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""AttentionMatchingPress: its fields, around every press, and what it promises of each."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from every_press import CASES, REFUSED
+from kvpress import (
+    ComposedPress,
+    DecodingPress,
+    DMSPress,
+    FinchPress,
+    KeyRerotationPress,
+    KnormPress,
+    PrefillDecodingPress,
+    ThinKPress,
+)
+from replay import Layer, attention_modules, clear_masks, positions_by_value, run, snapshot
+from test_caches import BACKENDS, dequantized, prefill, quantized
+from tiny import FAMILIES, tiny_checkpoint, tiny_model
+from transformers import DynamicCache
+
+from kvpress_merging import AttentionMatchingPress, MergingPress
+
+N_CONTEXT = 96
+AT_PREFILL = [name for name, case in CASES.items() if case.moment != "decoding"]
+# So strong that nothing moves: what is left is what the inner press left, read, fitted and written back.
+RIGID = {"key_ridge": 1e12, "value_ridge": 1e12}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    model, _ = tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+    return model
+
+
+def input_ids_for(case, bsz: int = 1, length: int = N_CONTEXT) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(11)
+    input_ids = torch.stack([torch.randperm(240, generator=generator)[:length] + 10 for _ in range(bsz)])
+    if case.needs == "delimiter":
+        input_ids[:, length - 16] = 5
+    return input_ids
+
+
+def set_up(name: str, llama):
+    case = CASES[name]
+    model = copy.deepcopy(llama) if "own model" in case.needs else llama
+    model.set_attn_implementation(case.attn_implementation)
+    return case, model, input_ids_for(case)
+
+
+def heads_of(report) -> tuple[int, int]:
+    rows = [row for row in report.to_dict().values() if "heads" in row]
+    return sum(row["heads"] for row in rows), sum(row["heads_fitted"] for row in rows)
+
+
+# Fields.
+
+
+def test_defaults_and_their_order():
+    press = AttentionMatchingPress(KnormPress(0.5), 64, 0.5, 0.25)
+    assert (press.n_queries, press.key_ridge, press.value_ridge) == (64, 0.5, 0.25)
+    default = AttentionMatchingPress(KnormPress(0.5))
+    assert (default.n_queries, default.key_ridge, default.value_ridge) == (128, 0.1, 0.03)
+    assert repr(default) == (
+        "AttentionMatchingPress(press=KnormPress(compression_ratio=0.5), "
+        "n_queries=128, key_ridge=0.1, value_ridge=0.03)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("n_queries", 0, ValueError),
+        ("n_queries", 1.5, TypeError),
+        ("n_queries", True, TypeError),
+        ("key_ridge", 0, ValueError),
+        ("key_ridge", float("inf"), ValueError),
+        ("key_ridge", "0.1", TypeError),
+        ("value_ridge", -1.0, ValueError),
+        ("value_ridge", float("nan"), ValueError),
+        ("value_ridge", None, TypeError),
+    ],
+)
+def test_a_wrong_field_is_an_error_that_names_it_at_construction_and_when_set(field, value, error):
+    with pytest.raises(error, match=field):
+        AttentionMatchingPress(KnormPress(0.5), **{field: value})
+    press = AttentionMatchingPress(KnormPress(0.5))
+    with pytest.raises(error, match=field):
+        setattr(press, field, value)
+    assert press == AttentionMatchingPress(KnormPress(0.5))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_press_with_nothing_to_match_is_refused_at_construction(name):
+    with pytest.raises(TypeError, match="merge"):
+        AttentionMatchingPress(REFUSED[name]())
+
+
+def test_a_merging_press_is_refused_inside_and_around():
+    for wrap in (
+        lambda: AttentionMatchingPress(MergingPress(KnormPress(0.5))),
+        lambda: MergingPress(AttentionMatchingPress(KnormPress(0.5))),
+    ):
+        with pytest.raises(TypeError, match="already merges"):
+            wrap()
+
+
+def test_copies_of_a_press_are_equal_to_it(llama):
+    press = AttentionMatchingPress(FinchPress(0.5), n_queries=32)
+    for other in (copy.deepcopy(press), pickle.loads(pickle.dumps(press)), dataclasses.replace(press)):
+        assert other == press
+        assert type(other) is AttentionMatchingPress
+        assert isinstance(other, FinchPress)
+    assert dataclasses.replace(press, n_queries=8).n_queries == 8
+    run(llama, used := AttentionMatchingPress(KnormPress(0.5)), input_ids_for(CASES["Knorm"]))
+    assert copy.deepcopy(used) == used
+
+
+# Around every press.
+
+
+@pytest.mark.parametrize("name", AT_PREFILL)
+def test_survivors_are_those_of_the_bare_press_and_heads_are_fitted(name, llama):
+    case, model, input_ids = set_up(name, llama)
+    bare = run(model, case.make(), input_ids)
+    rigid = run(model, AttentionMatchingPress(case.make(), **RIGID), input_ids)
+    press = AttentionMatchingPress(case.make())
+    fitted = run(model, press, input_ids)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in attention_modules(model))
+    heads, heads_fitted = heads_of(press.report)
+    assert heads_fitted > 0.5 * heads > 0
+    moved = 0
+    for layer_bare, layer_rigid, layer in zip(bare, rigid, fitted, strict=True):
+        assert torch.equal(layer.is_masked, layer_bare.is_masked)
+        for ours, unmoved, theirs in (
+            (layer.keys, layer_rigid.keys, layer_bare.keys),
+            (layer.values, layer_rigid.values, layer_bare.values),
+        ):
+            assert ours.shape == theirs.shape
+            assert ours.dtype == theirs.dtype
+            assert ours.isfinite().all()
+            torch.testing.assert_close(unmoved, theirs, rtol=1e-4, atol=1e-4)
+            assert torch.equal(ours[layer.is_masked], theirs[layer.is_masked])
+        moved += int(not torch.equal(layer.values, layer_bare.values))
+    assert moved > 0
+
+
+@pytest.mark.parametrize("name", ["Knorm", "AdaKV", "KeyRerotation", "Composed", "DMS"])
+def test_rows_of_a_batch_are_fitted_each_by_itself(name, llama):
+    case, model, _ = set_up(name, llama)
+    input_ids = input_ids_for(case, bsz=3)
+    together = run(model, AttentionMatchingPress(case.make()), input_ids)
+    for row in range(3):
+        alone = run(model, AttentionMatchingPress(case.make()), input_ids[row : row + 1])
+        for layer, layer_alone in zip(together, alone):
+            torch.testing.assert_close(layer.values[row], layer_alone.values[0], rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(layer.keys[row], layer_alone.keys[0], rtol=1e-2, atol=1e-2)
+
+
+def test_a_press_that_evicts_nothing_leaves_the_cache_as_it_is(llama):
+    input_ids = input_ids_for(CASES["Knorm"])
+    press = AttentionMatchingPress(KnormPress(0.0))
+    for layer, full in zip(run(llama, press, input_ids), run(llama, None, input_ids)):
+        assert torch.equal(layer.keys, full.keys)
+        assert torch.equal(layer.values, full.values)
+    assert str(press.report) == "4 layers, nothing evicted"
+
+
+def test_restore_tokens_are_left_as_they_are(llama):
+    case, model, input_ids = set_up("RestoreKV", llama)
+    full, bare = run(model, None, input_ids), run(model, case.make(), input_ids)
+    fitted = run(model, AttentionMatchingPress(case.make()), input_ids)
+    for layer_full, layer_bare, layer in zip(full, bare, fitted):
+        is_foreign = torch.from_numpy(positions_by_value(layer_full, layer_bare) < 0)
+        assert is_foreign.any()
+        assert torch.equal(layer.values[is_foreign], layer_bare.values[is_foreign])
+        assert torch.equal(layer.keys[is_foreign], layer_bare.keys[is_foreign])
+
+
+def test_pruned_channels_stay_pruned(llama):
+    press = AttentionMatchingPress(ComposedPress([KnormPress(0.5), ThinKPress(0.5)]))
+    bare = run(llama, ComposedPress([KnormPress(0.5), ThinKPress(0.5)]), input_ids_for(CASES["Knorm"]))
+    fitted = run(llama, press, input_ids_for(CASES["Knorm"]))
+    for layer_bare, layer in zip(bare, fitted):
+        assert torch.equal(layer.keys, layer_bare.keys)
+        assert not torch.equal(layer.values, layer_bare.values)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_fitted(family, attn_implementation):
+    model = tiny_model(family)
+    model.set_attn_implementation(attn_implementation)
+    press = AttentionMatchingPress(KnormPress(0.5))
+    input_ids = input_ids_for(CASES["Knorm"], bsz=2)
+    bare = run(model, KnormPress(0.5), input_ids)
+    fitted = run(model, press, input_ids)
+    assert press.report.to_dict()
+    for module, layer_bare, layer in zip(attention_modules(model), bare, fitted):
+        is_sliding = getattr(module, "is_sliding", False)
+        assert torch.equal(layer.values, layer_bare.values) == is_sliding
+        assert (module.layer_idx in press.report.to_dict()) == (not is_sliding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_finite_and_in_its_dtype(dtype):
+    model = tiny_model("llama").to(dtype)
+    for layer in run(model, AttentionMatchingPress(KnormPress(0.7)), input_ids_for(CASES["Knorm"], bsz=2)):
+        assert layer.values.dtype == layer.keys.dtype == dtype
+        assert torch.isfinite(layer.values).all()
+        assert torch.isfinite(layer.keys).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["Knorm", "AdaKV", "KVzip"])
+def test_a_quantized_cache_is_fitted(name, backend, llama):
+    case, model, input_ids = set_up(name, llama)
+    cache, rigid_cache = quantized(model, backend), quantized(model, backend)
+    press = AttentionMatchingPress(case.make())
+    fitted = prefill(model, press, input_ids, cache)
+    rigid = prefill(model, AttentionMatchingPress(case.make(), **RIGID), input_ids, rigid_cache)
+    bare_cache = quantized(model, backend)
+    bare = prefill(model, case.make(), input_ids, bare_cache)
+    assert heads_of(press.report)[1] > 0
+    for layer_bare, layer_rigid, layer in zip(bare, rigid, fitted):
+        assert layer.keys.shape == layer_bare.keys.shape
+        assert torch.equal(layer.is_masked, layer_bare.is_masked)
+        assert layer.values.isfinite().all()
+        # within a step of the quantizer
+        step = 0.3 * layer_bare.keys.abs().max()
+        assert (layer_rigid.keys - layer_bare.keys).abs().max() < step
+    assert isinstance(dequantized(cache, attention_modules(model)[0]), Layer)
+
+
+# While decoding, and inside other presses.
+
+
+def decode_all(model, press, input_ids, n_steps: int):
+    cache = DynamicCache()
+    clear_masks(model)
+    with torch.no_grad(), press(model):
+        model.model(input_ids=input_ids, past_key_values=cache)
+        for step in range(n_steps):
+            position = input_ids.shape[1] + step
+            model.model(
+                input_ids=torch.tensor([[20 + step]]),
+                past_key_values=cache,
+                position_ids=torch.tensor([[position]]),
+            )
+    return snapshot(model, cache)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.moment == "decoding"])
+def test_evictions_while_decoding_are_fitted(name, llama):
+    case, model, input_ids = set_up(name, llama)
+    press = AttentionMatchingPress(case.make())
+    fitted, bare = (decode_all(model, p, input_ids, 40) for p in (press, case.make()))
+    heads, heads_fitted = heads_of(press.report)
+    assert heads >= heads_fitted > 0
+    for layer_bare, layer in zip(bare, fitted):
+        assert layer.keys.shape == layer_bare.keys.shape
+        assert layer.values.isfinite().all()
+    assert {len(queries.recent) for queries in press._queries.values()} == {40}
+
+
+def test_a_new_prefill_forgets_the_queries_of_the_last(llama):
+    press = AttentionMatchingPress(DecodingPress(KnormPress(), compression_interval=8, target_size=64))
+    input_ids = input_ids_for(CASES["Knorm"])
+    decode_all(llama, press, input_ids, 12)
+    again = decode_all(llama, press, input_ids, 12)
+    fresh = decode_all(llama, copy.deepcopy(press), input_ids, 12)
+    for layer, layer_fresh in zip(again, fresh):
+        assert torch.equal(layer.values, layer_fresh.values)
+
+
+def test_it_fits_inside_presses_that_call_it(llama):
+    input_ids = input_ids_for(CASES["Knorm"])
+    alone = run(llama, AttentionMatchingPress(KnormPress(0.5)), input_ids)
+    for outer in (
+        PrefillDecodingPress(prefilling_press=AttentionMatchingPress(KnormPress(0.5))),
+        ComposedPress([AttentionMatchingPress(KnormPress(0.5)), ThinKPress(0.3)]),
+    ):
+        for layer, layer_alone in zip(run(llama, outer, input_ids), alone):
+            torch.testing.assert_close(layer.values, layer_alone.values)
+    with pytest.raises(TypeError, match="no scores"):
+        run(llama, DMSPress(AttentionMatchingPress(KnormPress())), input_ids)
+
+
+def test_a_model_without_rotary_embeddings_is_a_clear_error(llama):
+    module = attention_modules(llama)[0]
+    press = AttentionMatchingPress(KnormPress(0.5))
+    with pytest.raises(ValueError, match="rotary embeddings"):
+        press.observe(module, {"hidden_states": torch.randn(1, 8, 64)}, True)
+
+
+# What it promises.
+
+
+def attention_outputs(model, layers: list[Layer], hidden: list[dict]) -> list[torch.Tensor]:
+    """Output of each layer for its own next queries, over a cache as a run left it."""
+    outputs = []
+    for module, layer, kwargs in zip(attention_modules(model), layers, hidden):
+        cache = DynamicCache()
+        for index in range(module.layer_idx + 1):
+            cache.update(layer.keys.clone(), layer.values.clone(), index)
+        seen = torch.zeros(1, 1, 1, layer.keys.shape[2] + 1)
+        outputs.append(module(**kwargs | {"past_key_values": cache, "attention_mask": seen})[0])
+    return outputs
+
+
+@pytest.mark.parametrize("name", ["Knorm", "TOVA", "KeyRerotation"])
+def test_the_attention_output_of_the_next_token_comes_nearer_to_the_full_caches(name, llama):
+    case, model, _ = set_up(name, llama)
+    # a text that repeats itself, so that the next token asks what those before it asked
+    input_ids = input_ids_for(case, length=24).repeat(1, 6)
+    next_ids = input_ids[:, :1]
+    positions = {"full": 144, "bare": 144, "fitted": 144}
+    layers = {
+        "full": run(model, None, input_ids),
+        "bare": run(model, case.make(), input_ids),
+        "fitted": run(model, AttentionMatchingPress(case.make()), input_ids),
+    }
+    if isinstance(case.make(), KeyRerotationPress):
+        positions["bare"] = positions["fitted"] = layers["bare"][0].keys.shape[2]
+    errors: dict[str, float] = {}
+    outputs = {}
+    with torch.no_grad():
+        hidden: list[dict] = []
+        handles = [
+            module.register_forward_pre_hook(lambda module, args, kwargs: hidden.append(kwargs), with_kwargs=True)
+            for module in attention_modules(model)
+        ]
+        cache = DynamicCache()
+        model.model(input_ids=input_ids, past_key_values=cache)
+        hidden.clear()
+        model.model(input_ids=next_ids, past_key_values=cache)
+        for handle in handles:
+            handle.remove()
+        for kind, position in positions.items():
+            embeddings = model.model.rotary_emb(hidden[0]["hidden_states"], torch.tensor([[position]]))
+            asked = [kwargs | {"position_embeddings": embeddings} for kwargs in hidden]
+            outputs[kind] = attention_outputs(model, layers[kind], asked)
+    for kind in ("bare", "fitted"):
+        errors[kind] = sum(float((a - b).norm() / b.norm()) for a, b in zip(outputs[kind], outputs["full"]))
+    assert errors["fitted"] < 0.75 * errors["bare"]
+
+
+def test_the_report_tells_what_was_fitted(llama):
+    press = AttentionMatchingPress(KnormPress(0.5))
+    run(llama, press, input_ids_for(CASES["Knorm"]))
+    for row in press.report.to_dict().values():
+        assert row["heads"] == 2
+        assert 0 <= row["heads_fitted"] <= 2
+        assert 0 <= row["error_after"] <= row["error_before"]
+        assert (row["kept"], row["evicted"]) == (96, 96)
+    assert "heads re-fitted; squared error of the attention output" in str(press.report)
+    assert {"heads", "heads_fitted", "error_before", "error_after"} <= set(press.report.to_frame().columns)
+
+
+def test_two_runs_give_the_same_bits(llama):
+    input_ids = input_ids_for(CASES["AdaKV"])
+    one, two = (run(llama, AttentionMatchingPress(CASES["AdaKV"].make()), input_ids) for _ in range(2))
+    for first, second in zip(one, two):
+        assert torch.equal(first.keys, second.keys)
+        assert torch.equal(first.values, second.values)
