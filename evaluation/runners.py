@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import traceback
 from collections import deque
@@ -105,6 +106,7 @@ class Worker:
 
 
 Outcomes = Iterator[tuple[EvaluationConfig, "Measured | Failed"]]
+"""Cells as they are ready, each with what came of it."""
 
 
 def run_here(cells: Sequence[EvaluationConfig], threads: int) -> Outcomes:
@@ -147,17 +149,17 @@ def run_on_ray(
         raise RunnerError("--runner ray needs ray: pip install 'kvpress-merging[ray]'") from error
     try:
         if address is None:
-            ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
             # The machines of the cluster need not have these packages.
             packages = [str(Path(__file__).parent), str(Path(kvpress_merging.__file__).parent)]
-            ray.init(address, runtime_env={"py_modules": packages}, log_to_driver=False, logging_level="ERROR")
+            ray.init(address, runtime_env={"py_modules": packages}, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunnerError(f"cannot reach a Ray cluster at {address or 'this machine'}: {error}") from error
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         count, resources = _share_out(nodes, len(cells), threads, num_workers)
-        actor_class = ray.remote(**resources)(Worker)
+        actor_class = ray.remote(Worker).options(**resources)
         yield from _spread(cells, lambda: actor_class.remote(threads, os.getcwd()), count)
     finally:
         ray.shutdown()

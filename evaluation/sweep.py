@@ -3,9 +3,10 @@
 """
 Measure a grid of presses, ratios, datasets and seeds from one YAML file.
 
-The file has any of run's settings, by the same names: one value for all cells, or a list for a cell each. What only some
-cells have goes into blocks under "cells"; evaluation/sweeps/ has examples. Each cell's results appear in a folder of
-their own, whole or not at all. A sweep that broke off, or whose file has grown, goes on with the same command.
+The file has any of run's settings, by the same names: one value for all cells, or a list for a cell each. What only
+some cells have goes into blocks under "cells"; evaluation/sweeps/ has examples. Each cell's results appear in a folder
+of their own, whole or not at all. A sweep that broke off, or whose file has grown, goes on with the same command. Exit
+status: 0 if all cells are there, 1 if some failed (see errors/ beside the results), 2 for a mistake.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from evaluation.compare import Parser
 from evaluation.config import EvaluationConfig
 from evaluation.grid import read_grid
 from evaluation.results import find_results, remove_leftovers, write_files
-from evaluation.runners import Failed, RunnerError, run_here, run_on_ray
+from evaluation.runners import Failed, Outcomes, RunnerError, run_here, run_on_ray
 
 PROG = "python -m evaluation sweep"
 
@@ -110,6 +111,7 @@ def sweep(
         else:
             _error_file(folder, config).unlink(missing_ok=True)
     threads = arguments.threads or torch.get_num_threads()
+    outcomes: Outcomes
     if not to_do:
         outcomes = iter(())
     elif arguments.runner == "ray":
