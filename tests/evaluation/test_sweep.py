@@ -267,6 +267,59 @@ def test_more_workers_than_gpus_are_refused():
         runners._share_out([{"CPU": 8, "GPU": 1}], 9, 1, 2)
 
 
+class RayOfOneProcess:
+    """As much of Ray as hands out cells. A reference is a function that gives the result."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+    @staticmethod
+    def wait(references, num_returns):
+        return references[:1], references[1:]
+
+    @staticmethod
+    def get(reference):
+        return reference()
+
+
+class RemoteWorker:
+    """An actor that dies of what it is made to."""
+
+    def __init__(self, deadly=(), starts=True):
+        self.deadly, self.starts = deadly, starts
+        self.start = self.measure = self
+
+    def remote(self, *cell):
+        def die():
+            raise RayOfOneProcess.exceptions.RayError("died")
+
+        alive = self.starts if not cell else cell[0] not in self.deadly
+        return (lambda: cell) if alive else die
+
+
+def test_a_worker_that_dies_fails_its_cell_and_another_takes_its_place(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", RayOfOneProcess)
+    made = []
+
+    def make_worker():
+        made.append(RemoteWorker(deadly={"b"}))
+        return made[-1]
+
+    outcomes = dict(runners._spread(["a", "b", "c"], make_worker, 1))
+    assert (outcomes["a"], outcomes["c"]) == (("a",), ("c",))
+    assert outcomes["b"].error == "the worker died: RayError: died"
+    assert len(made) == 2
+
+
+def test_workers_that_do_not_start_end_the_sweep_only_if_none_does(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", RayOfOneProcess)
+    workers = iter([RemoteWorker(starts=False), RemoteWorker()])
+    assert dict(runners._spread(["a", "b"], lambda: next(workers), 2)) == {"a": ("a",), "b": ("b",)}
+    with pytest.raises(runners.RunnerError, match="no worker starts on the Ray cluster: died"):
+        list(runners._spread(["a", "b"], lambda: RemoteWorker(starts=False), 2))
+
+
 @pytest.mark.parametrize("runner", ["local", "ray"])
 def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(runner, model, tmp_path):
     text = tmp_path / "text.txt"
