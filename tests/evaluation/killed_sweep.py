@@ -29,7 +29,7 @@ def start(argv: list[str], log: Path) -> int:
     status = 70
     try:
         # A file, not our pipes: what a killed sweep leaves behind for a moment would keep these open.
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)
         sweep.main(argv)
