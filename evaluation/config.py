@@ -311,8 +311,8 @@ class EvaluationConfig:
     def _check_types(self) -> None:
         for setting in dataclasses.fields(EvaluationConfig):
             value = getattr(self, setting.name)
-            # An optional setting may be None.
-            if str(setting.type).startswith("bool") and not isinstance(value, (bool, type(setting.default))):
+            # A type is its text, or what HfArgumentParser has made of that. An optional setting may be None.
+            if "bool" in str(setting.type) and not isinstance(value, (bool, type(setting.default))):
                 raise ValueError(f"--{setting.name} must be true or false, got {value!r}")
         if self.tasks is not None and not (
             isinstance(self.tasks, list) and self.tasks and all(isinstance(task, str) for task in self.tasks)
