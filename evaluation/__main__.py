@@ -13,6 +13,7 @@ from evaluation.cli import closest, fail
 COMMANDS = {
     "demo": "compare full cache, eviction and merging on a real text, in a few minutes on a laptop",
     "run": "measure one press on one dataset, with kvpress's flags, into config.yaml, predictions.csv and metrics.json",
+    "sweep": "measure a grid of presses, ratios, datasets and seeds from one YAML file, here or on a Ray cluster",
     "compare": "compare two runs, or two folders of runs, on the same samples",
     "report": "compare all runs of a folder, merged against bare, as tables, plots and one HTML page",
     "speed": "time the merge against kvpress's own and against the matrix product alone, in pairs",

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from evaluation.runs import FILES, Run, read_run
+from evaluation.results import FILES
+from evaluation.runs import Run, read_run
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read_results(folder: Path) -> Results:
             notes.append(f"{runs[key].folder.name} is there more than once: the last by path, {run.folder}, is shown")
         runs[key] = run
     return Results(
-        _named(list(runs.values())), _read_references(folder / "sweep.yaml"), _read_errors(folder / "errors"), notes
+        _named(list(runs.values())), read_references(folder / "sweep.yaml"), _read_errors(folder / "errors"), notes
     )
 
 
@@ -94,7 +95,7 @@ def _repeat(place: Path, first: Path) -> int:
     return 0 if place == first else int(place.name)
 
 
-def _read_references(file: Path) -> list[dict[str, Any]]:
+def read_references(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     try:

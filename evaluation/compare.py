@@ -15,7 +15,8 @@ import pandas as pd
 
 from evaluation.cli import fail
 from evaluation.collect import read_results
-from evaluation.runs import FILES, IDENTITY, LOWER_IS_BETTER, Run, is_twin, read_run
+from evaluation.results import FILES
+from evaluation.runs import IDENTITY, LOWER_IS_BETTER, Run, is_twin, read_run
 from evaluation.statistics import holm, paired_difference
 from evaluation.tables import ALPHA, show
 

@@ -37,8 +37,7 @@ RECORDED = ("press_init_command", "versions")
 # File systems take 255 bytes, and there must be room for an ending.
 _LONGEST_NAME = 180
 
-# A setting that only some datasets have a use for.
-_ONLY_FOR = {
+ONLY_FOR = {
     "needle_depth": {"needle_in_haystack"},
     "tasks": {"ruler", "ruler-synthetic"},
     "n_samples": {"ruler-synthetic", "fidelity"},
@@ -50,6 +49,7 @@ _ONLY_FOR = {
     "max_context_length": set(DATASET_REGISTRY) - {"fidelity"},
     "query_aware": set(DATASET_REGISTRY) - {"fidelity"},
 }
+"""Settings that only some datasets have a use for, and which."""
 
 
 @dataclass
@@ -182,6 +182,7 @@ class EvaluationConfig:
         _check_name("log_level", self.log_level, ("DEBUG", "INFO", "WARNING", "ERROR"))
         self._check_use()
         self._fill_in()
+        self._check_types()
         self._check_numbers()
         for name in ("text_file", "squad_file", "hotpotqa_file"):
             file = getattr(self, name)
@@ -234,8 +235,13 @@ class EvaluationConfig:
         for name in ("n_samples", "continuation_length", "seed"):
             if getattr(self, name) != _default(name):
                 parts.append(f"{name}{getattr(self, name)}")
-        if self.text_file is not None:
-            parts.append(Path(self.text_file).stem)
+        parts += [Path(file).stem for file in (self.text_file, self.squad_file, self.hotpotqa_file) if file is not None]
+        assert isinstance(self.model_kwargs, dict)
+        for name, value in self.model_kwargs.items():
+            if value is not None and (name, value) != ("dtype", "auto"):
+                parts.append(f"{name}{value}")
+        if self.fp8:
+            parts.append("fp8")
         name = "__".join(part.replace("/", "--") for part in parts if part)
         if len(name.encode()) > _LONGEST_NAME:
             digest = hashlib.sha256(name.encode()).hexdigest()[:16]
@@ -253,6 +259,11 @@ class EvaluationConfig:
         versions : dict
             Package or part of the machine to its version or name, to be noted too.
         """
+        record = {**self.record(), "versions": versions}
+        file.write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def record(self) -> dict[str, Any]:
+        """The settings as a saved configuration has them: without a ratio where something else takes its place."""
         record = {field.name: getattr(self, field.name) for field in dataclasses.fields(EvaluationConfig)}
         if self.threshold is not None or self.head_compression_ratio is not None:
             del record["compression_ratio"]
@@ -261,11 +272,10 @@ class EvaluationConfig:
                 del record[name]
         if self.needle_depth is not None and len(self.needle_depth) == 1:
             record["needle_depth"] = self.needle_depth[0]
-        record["versions"] = versions
-        file.write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return record
 
     def _check_use(self) -> None:
-        for name, datasets in _ONLY_FOR.items():
+        for name, datasets in ONLY_FOR.items():
             if getattr(self, name) != _default(name) and self.dataset not in datasets:
                 useful = ", ".join(sorted(datasets))
                 raise ValueError(f"--{name} is of no use for the dataset {self.dataset}, only for {useful}")
@@ -286,6 +296,8 @@ class EvaluationConfig:
             self.data_dir = str(self.data_dir)
         if isinstance(self.needle_depth, int):
             self.needle_depth = [self.needle_depth]
+        if isinstance(self.tasks, str):
+            self.tasks = [self.tasks]
         if isinstance(self.model_kwargs, str):
             try:
                 self.model_kwargs = yaml.safe_load(self.model_kwargs)
@@ -295,6 +307,17 @@ class EvaluationConfig:
             self.model_kwargs = {}
         if not isinstance(self.model_kwargs, dict):
             raise ValueError(f"--model_kwargs must be a mapping of names to values, got {self.model_kwargs!r}")
+
+    def _check_types(self) -> None:
+        for setting in dataclasses.fields(EvaluationConfig):
+            value = getattr(self, setting.name)
+            # A type is its text, or what HfArgumentParser has made of that. An optional setting may be None.
+            if "bool" in str(setting.type) and not isinstance(value, (bool, type(setting.default))):
+                raise ValueError(f"--{setting.name} must be true or false, got {value!r}")
+        if self.tasks is not None and not (
+            isinstance(self.tasks, list) and self.tasks and all(isinstance(task, str) for task in self.tasks)
+        ):
+            raise ValueError(f"--tasks must be names of tasks, got {self.tasks!r}")
 
     def _check_numbers(self) -> None:
         for name, allowed, is_allowed in _NUMBERS:

@@ -111,7 +111,7 @@ def prepare(
     if (model is None) != (tokenizer is None):
         raise ValueError("model and tokenizer go together: give both or none")
     if model is None or tokenizer is None:
-        model, tokenizer = _load(config)
+        model, tokenizer = load(config)
     _set_seed(config.seed)
     samples = DATASET_REGISTRY[config.dataset](config, tokenizer)
     samples.insert(0, "sample", range(len(samples)))
@@ -121,6 +121,28 @@ def prepare(
         raise ValueError(f"there are no samples: --fraction {config.fraction} of too few, or an empty dataset")
     logger.info("%d samples of %s, with %s", len(samples), config.dataset, press or "the full cache")
     return Evaluation(config, press, model, tokenizer, samples)
+
+
+def load(config: EvaluationConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    Load the model that a configuration names, and its tokenizer.
+
+    Raises
+    ------
+    ValueError
+        If it is to be quantized and there is no GPU.
+    ModelUnavailableError
+        If it cannot be loaded.
+    """
+    kwargs = given_model_kwargs(config)
+    if config.fp8:
+        if not torch.cuda.is_available():
+            raise ValueError("--fp8 needs a GPU, and there is none")
+        kwargs["quantization_config"] = FineGrainedFP8Config()
+    device = config.device
+    if device is None and torch.cuda.device_count() > 1:
+        device = "auto"
+    return load_model(config.model, device=device, trust_remote_code=config.trust_remote_code, model_kwargs=kwargs)
 
 
 def measure(evaluation: Evaluation) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -168,7 +190,7 @@ def answer(evaluation: Evaluation) -> pd.DataFrame:
         generate = KVPressTextGenerationPipeline(model=evaluation.model, tokenizer=tokenizer, device=device)
         by = ["sample"] if isinstance(press, DecodingPress) else ["context", "answer_prefix", "max_new_tokens"]
         answers = []
-        with tqdm(total=len(samples), desc=config.dataset, unit="sample", disable=config.quiet) as progress:
+        with tqdm(total=len(samples), desc=config.dataset, unit="sample", disable=config.quiet, leave=None) as progress:
             for _, group in samples.groupby(by, sort=False, dropna=False):
                 first = group.iloc[0]
                 started = time.perf_counter()
@@ -188,18 +210,6 @@ def answer(evaluation: Evaluation) -> pd.DataFrame:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
     return samples.drop(columns="context").join(pd.concat(answers))
-
-
-def _load(config: EvaluationConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    kwargs = given_model_kwargs(config)
-    if config.fp8:
-        if not torch.cuda.is_available():
-            raise ValueError("--fp8 needs a GPU, and there is none")
-        kwargs["quantization_config"] = FineGrainedFP8Config()
-    device = config.device
-    if device is None and torch.cuda.device_count() > 1:
-        device = "auto"
-    return load_model(config.model, device=device, trust_remote_code=config.trust_remote_code, model_kwargs=kwargs)
 
 
 def _set_seed(seed: int) -> None:

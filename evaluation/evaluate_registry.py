@@ -80,6 +80,8 @@ SCORER_REGISTRY: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 # kvpress's own names and settings.
 _BARE_PRESSES: dict[str, Callable[[], BasePress]] = {
     **PREFILL_PRESSES,
+    # The press inside merging_expected_attention alone: kvpress's expected_attention is this one within an AdaKVPress.
+    "expected_attention_head": lambda: ExpectedAttentionPress(epsilon=1e-2),
     "think": ThinKPress,
     "cam_adakv_snapkv": lambda: CAMPress(base_press=AdaKVPress(SnapKVPress())),
     "cam_knorm": lambda: CAMPress(base_press=KnormPress()),

@@ -29,8 +29,8 @@ from kvpress_merging.wrapping import nested_presses
 
 logger = logging.getLogger(__name__)
 
-# Settings that reach a press of some kinds only.
-_LEVELS = (
+LEVELS = (
+    "compression_ratio",
     "threshold",
     "head_compression_ratio",
     "key_channel_compression_ratio",
@@ -38,13 +38,34 @@ _LEVELS = (
     "target_size",
     "hidden_states_buffer_size",
 )
+"""Settings that say when and how much a press evicts. Each reaches presses of some kinds only."""
+
+
+def usable_settings(press: BasePress | None) -> set[str]:
+    """
+    Which of ``LEVELS`` and ``PRESS_FIELDS`` reach a press.
+
+    A merging press answers ``isinstance`` as the press inside and hands on what is set, so both are treated alike.
+    """
+    own = {field.name for field in dataclasses.fields(press)} if isinstance(press, MergeOnEvictPress) else set()
+    own &= set(PRESS_FIELDS)
+    if isinstance(press, DuoAttentionPress):
+        return own | {"head_compression_ratio"}
+    if isinstance(press, DMSPress):
+        return own | {"threshold"}
+    if isinstance(press, DecodingPress):
+        return own | {"compression_interval", "target_size", "hidden_states_buffer_size"}
+    for child in press.presses if isinstance(press, ComposedPress) else [press]:
+        if isinstance(child, ThinKPress):
+            own.add("key_channel_compression_ratio")
+        elif hasattr(child, "compression_ratio"):
+            own.add("compression_ratio")
+    return own
 
 
 def configure_press(config: EvaluationConfig) -> BasePress | None:
     """
     Make the press that a configuration names, and set its fields as kvpress's evaluation sets those of the bare one.
-
-    A merging press answers ``isinstance`` as the press inside and hands on what is set, so both are treated alike.
 
     Raises
     ------
@@ -52,36 +73,28 @@ def configure_press(config: EvaluationConfig) -> BasePress | None:
         If the press needs a setting that is not there, cannot use one that is, or refuses a value.
     """
     press = PRESS_REGISTRY[config.press_name]
-    used: tuple[str, ...] = ()
+    usable = usable_settings(press)
+    for name in (*LEVELS, *PRESS_FIELDS):
+        # There is always a ratio, if only the default one.
+        if name != "compression_ratio" and name not in usable and getattr(config, name) is not None:
+            raise ValueError(f"--{name} is of no use for the press {config.press_name}")
     if isinstance(press, DuoAttentionPress):
-        used = ("head_compression_ratio",)
         press.head_compression_ratio = _needed(config, "head_compression_ratio")
     elif isinstance(press, DMSPress):
-        used = ("threshold",)
         press.threshold = _needed(config, "threshold")
     elif isinstance(press, DecodingPress):
-        used = ("compression_interval", "target_size", "hidden_states_buffer_size")
-        for name in used:
+        for name in usable & set(LEVELS):
             if getattr(config, name) is not None:
                 setattr(press, name, getattr(config, name))
     elif press is not None:
         for child in press.presses if isinstance(press, ComposedPress) else [press]:
             if isinstance(child, ThinKPress):
-                used = ("key_channel_compression_ratio",)
                 child.key_channel_compression_ratio = _needed(config, "key_channel_compression_ratio")
             elif hasattr(child, "compression_ratio"):
                 child.compression_ratio = config.compression_ratio
             else:
                 logger.warning("%s has no compression ratio", type(child).__name__)
-    for name in _LEVELS:
-        if getattr(config, name) is not None and name not in used:
-            raise ValueError(f"--{name} is of no use for the press {config.press_name}")
-
     own = {name: getattr(config, name) for name in PRESS_FIELDS if getattr(config, name) is not None}
-    known = {field.name for field in dataclasses.fields(press)} if isinstance(press, MergeOnEvictPress) else set()
-    for name in own:
-        if name not in known:
-            raise ValueError(f"--{name} is of no use for the press {config.press_name}")
     if own:
         try:
             # Not one after the other: the press checks them together.

@@ -4,22 +4,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import glob
+import itertools
 import json
 import platform
 import shutil
 import uuid
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 from kvpress import BasePress
 from transformers import PreTrainedModel
 
-from evaluation.config import EvaluationConfig
+from evaluation.config import PRESS_FIELDS, EvaluationConfig
+from evaluation.evaluate_registry import PRESS_REGISTRY
 from evaluation.presses import choose_attention
 from kvpress_merging import __version__
+
+FILES = ("config.yaml", "predictions.csv", "metrics.json")
+"""What makes a folder a run."""
+
+# What a saved configuration says that does not change what is measured.
+_HOW = ("press_init_command", "versions", "output_dir", "log_level", "quiet", "device", "trust_remote_code")
 
 
 def write_results(
@@ -28,6 +40,21 @@ def write_results(
     model: PreTrainedModel,
     predictions: pd.DataFrame,
     metrics: dict[str, Any],
+) -> Path:
+    """
+    Write what was measured with a press, as it was used, and a model: see ``write_files``.
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+    config.press_init_command = str(press)
+    return write_files(config, describe_versions(config, press, model), predictions, metrics)
+
+
+def write_files(
+    config: EvaluationConfig, versions: dict[str, str], predictions: pd.DataFrame, metrics: dict[str, Any]
 ) -> Path:
     """
     Write the three files into a folder of their own, which appears whole or not at all.
@@ -39,10 +66,8 @@ def write_results(
     ----------
     config : EvaluationConfig
         What was measured; ``output_dir`` says where the folder goes.
-    press : BasePress or None
-        The press as it was used.
-    model : PreTrainedModel
-        The model.
+    versions : dict
+        What ``describe_versions`` says.
     predictions : pd.DataFrame
         One row for each sample. Lists are written as JSON.
     metrics : dict
@@ -59,13 +84,60 @@ def write_results(
     temporary = output_dir / f".{folder.name}.{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
-        config.press_init_command = str(press)
-        config.save(temporary / "config.yaml", describe_versions(config, press, model))
+        config.save(temporary / "config.yaml", versions)
         _as_csv(predictions).to_csv(temporary / "predictions.csv", index=False)
         (temporary / "metrics.json").write_text(json.dumps(metrics, indent=4) + "\n", encoding="utf-8")
         return _place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove what processes that were killed while they wrote ``names`` into a folder have left there."""
+    for name in names:
+        for leftover in folder.glob(f".{glob.escape(name)}.{'[0-9a-f]' * 32}"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def find_results(config: EvaluationConfig) -> Path | None:
+    """The folder with the results of a configuration, if they are there: however it was run, and by what versions."""
+    folder = Path(config.output_dir).expanduser() / config.folder_name()
+    for number in itertools.count():
+        place = folder / str(number) if number else folder
+        if not place.exists():
+            return None
+        if all((place / name).is_file() for name in FILES):
+            try:
+                record = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+                if measured_settings(record) == measured_settings(config.record()):
+                    return place
+            except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError):
+                continue  # of another program
+    return None
+
+
+def measured_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """
+    What two configurations that measure the same have in common.
+
+    Parameters
+    ----------
+    record : dict
+        A configuration as it is saved.
+
+    Returns
+    -------
+    dict
+        The settings that say what is measured and are not default.
+    """
+    press = PRESS_REGISTRY.get(record["press_name"])
+    defaults = {setting.name: setting.default for setting in dataclasses.fields(EvaluationConfig)}
+    defaults |= {name: getattr(press, name) for name in PRESS_FIELDS if hasattr(press, name)}
+    return {
+        name: value
+        for name, value in record.items()
+        if name not in _HOW and value is not None and value != {} and value != defaults.get(name)
+    }
 
 
 def describe_versions(config: EvaluationConfig, press: BasePress | None, model: PreTrainedModel) -> dict[str, str]:
@@ -79,6 +151,8 @@ def describe_versions(config: EvaluationConfig, press: BasePress | None, model: 
         "device": device,
         "dtype": str(model.dtype),
         "attention": choose_attention(config, press, model),
+        # Sums are split among threads, and come out a little different for another number of them.
+        "threads": str(torch.get_num_threads()),
     }
 
 

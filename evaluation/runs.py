@@ -19,9 +19,6 @@ import kvpress_merging
 from evaluation.config import PRESS_FIELDS
 from evaluation.evaluate_registry import NO_PRESS, PRESS_REGISTRY
 
-FILES = ("config.yaml", "predictions.csv", "metrics.json")
-"""What makes a folder a run."""
-
 KINDS = {"MergingPress": "merged", "AttentionMatchingPress": "matching"}
 """Our presses, and what a run with one is called."""
 

@@ -77,7 +77,7 @@ def measure_windows(
     if press is None:
         press = KnormPress(compression_ratio=0.0)  # evicts nothing
     rows = []
-    for window in tqdm(windows["window"], desc=TASK, unit="window", disable=quiet):
+    for window in tqdm(windows["window"], desc=TASK, unit="window", disable=quiet, leave=None):
         reference = measure_reference(model, window, attention_errors=True)
         rows.append(_row(measure_fidelity(model, press, reference)))
     return windows.drop(columns="window").join(pd.DataFrame(rows, index=windows.index))

@@ -60,8 +60,8 @@ def test_kvpress_flags_come_first_and_in_its_order():
 
 def test_every_press_of_kvpress_has_its_name_here():
     assert set(KVPRESS_PRESSES.split()) <= set(PRESS_REGISTRY)
-    bare = {name for name in PRESS_REGISTRY if not name.startswith("merging_")}
-    assert bare == set(KVPRESS_PRESSES.split())
+    bare = {name for name in PRESS_REGISTRY if not name.startswith(("merging_", "matching_"))}
+    assert bare == {*KVPRESS_PRESSES.split(), "expected_attention_head"}
     assert PRESS_REGISTRY["no_press"] is None
 
 
@@ -195,6 +195,8 @@ def test_folders_have_the_names_that_kvpress_gives(settings, name):
         ({"merge_keys": True, "value_norm_weighting": False}, "__merge_keys__no_value_norm_weighting"),
         ({"max_merge_per_token": 4, "max_new_tokens": 9, "seed": 7}, "__max_merge_per_token4__max_new_tokens9__seed7"),
         ({"tasks": ["vt", "cwe"], "n_samples": 5}, "__vt-cwe__n_samples5"),
+        ({"model_kwargs": {"dtype": "auto", "attn_implementation": None}}, ""),
+        ({"model_kwargs": {"dtype": "bfloat16"}, "fp8": True}, "__dtypebfloat16__fp8"),
     ],
 )
 def test_what_kvpress_does_not_know_follows_where_it_differs_from_the_default(settings, ending):
