@@ -25,6 +25,9 @@ PRESS_FIELDS = (
     "value_norm_weighting",
     "max_merge_per_token",
     "merge_fraction",
+    "n_queries",
+    "key_ridge",
+    "value_ridge",
 )
 """Settings that are fields of our presses, by the same names."""
 
@@ -150,6 +153,16 @@ class EvaluationConfig:
     )
     merge_fraction: float | None = field(
         default=None, metadata={"help": "merging presses: share of the evicted that is merged, in (0, 1]"}
+    )
+
+    n_queries: int | None = field(
+        default=None, metadata={"help": "matching presses: reference queries of each KV head, at least 1"}
+    )
+    key_ridge: float | None = field(
+        default=None, metadata={"help": "matching presses: how strongly keys are held where they were, above 0"}
+    )
+    value_ridge: float | None = field(
+        default=None, metadata={"help": "matching presses: how strongly values are held where they were, above 0"}
     )
 
     tasks: list[str] | None = field(

@@ -10,6 +10,7 @@ cache in one forward pass, and what the model says at each of them is compared.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -99,6 +100,15 @@ class Reference:
     prefill_seconds: float
     attention_inputs: list[torch.Tensor]
     attention_outputs: list[torch.Tensor]
+
+    def to(self, device: torch.device | str) -> Reference:
+        """The same with its tensors on ``device``; the window stays where it is."""
+        return dataclasses.replace(
+            self,
+            logits=self.logits.to(device),
+            attention_inputs=[tensor.to(device) for tensor in self.attention_inputs],
+            attention_outputs=[tensor.to(device) for tensor in self.attention_outputs],
+        )
 
 
 # no_grad, not inference_mode, here and below: some presses take gradients, as they can in kvpress's pipeline.

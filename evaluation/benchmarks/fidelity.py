@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,8 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.fidelity import Fidelity, measure_fidelity, measure_reference
-from evaluation.text import cut_windows, read_text
+from evaluation.fidelity import Fidelity, Reference, measure_fidelity, measure_reference
+from evaluation.text import Window, cut_windows, read_text
 
 if TYPE_CHECKING:
     from evaluation.config import EvaluationConfig
@@ -26,6 +27,8 @@ METRICS = ("kl", "nll", "nll_full", "top1_agreement", "attention_error")
 
 N_RESAMPLES = 2000
 """Bootstrap samples that an interval is made of."""
+
+_REFERENCES: WeakKeyDictionary[PreTrainedModel, dict[tuple, Reference]] = WeakKeyDictionary()
 
 
 def load_windows(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
@@ -78,7 +81,7 @@ def measure_windows(
         press = KnormPress(compression_ratio=0.0)  # evicts nothing
     rows = []
     for window in tqdm(windows["window"], desc=TASK, unit="window", disable=quiet, leave=None):
-        reference = measure_reference(model, window, attention_errors=True)
+        reference = _reference(model, window).to(model.device)
         rows.append(_row(measure_fidelity(model, press, reference)))
     return windows.drop(columns="window").join(pd.DataFrame(rows, index=windows.index))
 
@@ -114,6 +117,19 @@ def means_with_intervals(scores: pd.DataFrame, seed: int) -> dict[str, dict[str,
             ).confidence_interval
             metrics[f"{name}_interval"] = [float(interval.low), float(interval.high)]
     return {TASK: metrics}
+
+
+def _reference(model: PreTrainedModel, window: Window) -> Reference:
+    """The full cache's side, measured once for all presses that one process measures with a model. On the CPU."""
+    references = _REFERENCES.setdefault(model, {})
+    key = (
+        window.context_ids.numpy().tobytes(),
+        window.continuation_ids.numpy().tobytes(),
+        str(model.config._attn_implementation),
+    )
+    if key not in references:
+        references[key] = measure_reference(model, window, attention_errors=True).to("cpu")
+    return references[key]
 
 
 def _row(fidelity: Fidelity) -> dict[str, float]:

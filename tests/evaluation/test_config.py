@@ -8,7 +8,7 @@ import yaml
 from evaluation.config import PRESS_FIELDS, EvaluationConfig
 from evaluation.evaluate_registry import PRESS_REGISTRY
 from evaluation.run import parse
-from kvpress_merging import MergingPress
+from kvpress_merging import AttentionMatchingPress, MergingPress
 
 # The fields of kvpress 0.5.5's EvaluationConfig.
 KVPRESS_FLAGS = [
@@ -65,8 +65,8 @@ def test_every_press_of_kvpress_has_its_name_here():
     assert PRESS_REGISTRY["no_press"] is None
 
 
-def test_there_is_a_flag_for_each_field_of_a_merging_press():
-    fields = {field.name for field in dataclasses.fields(MergingPress)}
+def test_there_is_a_flag_for_each_field_of_our_presses():
+    fields = {field.name for press in (MergingPress, AttentionMatchingPress) for field in dataclasses.fields(press)}
     assert set(PRESS_FIELDS) == fields - {"press", "tile_bytes", "kernel"}
 
 

@@ -1,7 +1,9 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
 import math
+from weakref import WeakKeyDictionary
 
+import pandas as pd
 import pytest
 import torch
 from kvpress import (
@@ -17,6 +19,7 @@ from kvpress import (
 from tiny import FAMILIES, VOCAB_SIZE, tiny_model
 from transformers import DynamicCache
 
+from evaluation.benchmarks import fidelity as benchmark
 from evaluation.fidelity import (
     compare_logits,
     count_cache_bytes,
@@ -215,3 +218,21 @@ def test_a_press_that_only_decodes_is_refused(model, reference):
 def test_a_continuation_of_one_token_scores_nothing_and_is_refused(model):
     with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
         measure_reference(model, random_window(continuation_length=1))
+
+
+def test_the_full_cache_is_measured_once_for_all_presses(model, monkeypatch):
+    measured = []
+
+    def count(model, window, **options):
+        measured.append(window)
+        return measure_reference(model, window, **options)
+
+    monkeypatch.setattr(benchmark, "measure_reference", count)
+    monkeypatch.setattr(benchmark, "_REFERENCES", WeakKeyDictionary())
+    windows = pd.DataFrame({"window": [random_window(9), random_window(12)]})
+    tables = [benchmark.measure_windows(model, press, windows, quiet=True) for press in (KnormPress(0.5), None)]
+    benchmark.measure_windows(model, KnormPress(0.5), pd.DataFrame({"window": [random_window(9)]}), quiet=True)
+    assert len(measured) == 2
+    assert (tables[0]["kl"] > 1e-3).all()
+    assert (tables[1]["kl"] < 1e-9).all()
+    assert tables[0]["nll_full"].tolist() == tables[1]["nll_full"].tolist()
