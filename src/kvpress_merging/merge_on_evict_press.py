@@ -4,11 +4,10 @@
 
 from __future__ import annotations
 
-import operator
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -22,40 +21,12 @@ from transformers.cache_utils import QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typing_extensions import Self
 
-from kvpress_merging.cache import Left, OpenLayer, OpenTensors, is_followed, layer_length, open_layer
-from kvpress_merging.eviction import Eviction, masked_positions
+from kvpress_merging.cache import OpenLayer, OpenTensors, is_followed, layer_length, open_layer
+from kvpress_merging.eviction import Eviction
+from kvpress_merging.hooks import attention_modules, remove, replace_new_hooks, tracks_removed
+from kvpress_merging.layer_state import LayerState, is_same, masks_of
 from kvpress_merging.report import MergeReport
 from kvpress_merging.wrapping import PressWrapper, nested_presses
-
-
-@dataclass
-class LayerState:
-    """
-    What is remembered of one attention layer from its prefill until its next one.
-
-    Parameters
-    ----------
-    context_length : int
-        Positions that the prefill left in the cache before any eviction.
-    k_len : int
-        Positions in the cache after the last forward pass that was seen.
-    masked : torch.Tensor, optional
-        Positions that were ever masked, bool, shape ``(bsz, num_key_value_heads, k_len at that time)``; None if none
-        was. Attention overwrites their keys, so they never take anything in.
-    stale_masks : object, optional
-        ``module.masked_key_indices`` of an earlier prefill. kvpress's attention functions forget it when they prefill,
-        but not the model's own eager one.
-    """
-
-    context_length: int
-    k_len: int
-    masked: torch.Tensor | None = None
-    stale_masks: Any = None
-
-    def masks_of(self, module: nn.Module) -> Any:
-        """What ``module.masked_key_indices`` says of the present cache."""
-        masks = getattr(module, "masked_key_indices", None)
-        return None if masks is self.stale_masks else masks
 
 
 @dataclass
@@ -179,7 +150,7 @@ class MergeOnEvictPress(PressWrapper):
         model : PreTrainedModel
             The model that the press works on.
         """
-        with _tracks_removed(model):
+        with tracks_removed(model):
             yield from self._apply(model)
 
     def _apply(self, model: PreTrainedModel) -> Generator[None, None, None]:
@@ -190,18 +161,18 @@ class MergeOnEvictPress(PressWrapper):
         inner = self.press(model)
         inner.__enter__()
         try:
-            modules = _attention_modules(model)
+            modules = attention_modules(model)
             for module in model.modules():
                 if len(module._forward_hooks) > len(earlier_hooks.get(module, ())) and module not in modules:
                     inside = set(module.modules()).intersection(modules)
-                    _replace_new_hooks(
+                    replace_new_hooks(
                         module, earlier_hooks.get(module), partial(self._followed_around, seen=seen, inside=inside)
                     )
             last = [module for module in modules if not getattr(module, "is_sliding", False)][-1:]
             for module in modules:
                 # A press that shares one budget among all layers may evict when the last of them has run.
                 others = seen if module in last else {}
-                _replace_new_hooks(module, earlier_hooks.get(module), partial(self._followed, others=others))
+                replace_new_hooks(module, earlier_hooks.get(module), partial(self._followed, others=others))
                 handles.append(module.register_forward_pre_hook(self._check_forward, with_kwargs=True))
                 # Runs before the inner press's hook, which may shrink the layer or fail.
                 handles.append(
@@ -213,7 +184,7 @@ class MergeOnEvictPress(PressWrapper):
                 )
             yield
         except BaseException:
-            _remove(handles)
+            remove(handles)
             is_swallowed = False
             with _unchanged(seen), suppress(BaseException):
                 is_swallowed = inner.__exit__(*sys.exc_info())
@@ -221,7 +192,7 @@ class MergeOnEvictPress(PressWrapper):
             if not is_swallowed:
                 raise
             return
-        _remove(handles)
+        remove(handles)
         self._exit(inner, seen)
 
     def forward_hook(self, module: nn.Module, input: list[torch.Tensor], kwargs: dict, output: list) -> Any:
@@ -302,14 +273,14 @@ class MergeOnEvictPress(PressWrapper):
         self, run: Callable, module: nn.Module, layer: OpenLayer, hidden_states: torch.Tensor | None, kwargs: dict
     ) -> None:
         """Let the inner press work on an open layer and merge, or put everything back."""
-        masked_before = _masks_of(module)
+        masked_before = masks_of(module)
         ratios = _own_compression_ratios(self.press)
         try:
             run()
             self._merge(module, layer, masked_before, hidden_states, kwargs, limit=None)
         except BaseException:
             layer.restore()
-            if not _is_same(_masks_of(module), masked_before):
+            if not is_same(masks_of(module), masked_before):
                 module.masked_key_indices = masked_before  # type: ignore[assignment]
             for press, ratio in ratios:
                 press.compression_ratio = ratio
@@ -317,7 +288,7 @@ class MergeOnEvictPress(PressWrapper):
 
     def _exit(self, inner: Any, seen: dict[nn.Module, Cache]) -> None:
         """Leave the inner press's context, in which it may evict, and merge what it evicted then."""
-        masked_before = {module: _masks_of(module) for module in seen}
+        masked_before = {module: masks_of(module) for module in seen}
         opened: list[tuple[nn.Module, OpenLayer]] = []
         handles = []
         try:
@@ -330,7 +301,7 @@ class MergeOnEvictPress(PressWrapper):
             try:
                 inner.__exit__(None, None, None)
             finally:
-                _remove(handles)
+                remove(handles)
             for (module, layer), cache in zip(tuple(opened), seen.values()):
                 context_length = self._states[module].context_length
                 if layer.is_closed:
@@ -400,10 +371,10 @@ class MergeOnEvictPress(PressWrapper):
     ) -> None:
         """Commit what the press left, with the survivors of a new eviction merged into."""
         state = self._states[module]
-        masked_before = None if _is_same(masked_before, state.stale_masks) else masked_before
+        masked_before = None if is_same(masked_before, state.stale_masks) else masked_before
         masked_after = state.masks_of(module)
         k_len, n_slots = layer.lengths()
-        newly_masked = masked_after is not None and not _is_same(masked_after, masked_before)
+        newly_masked = masked_after is not None and not is_same(masked_after, masked_before)
         if n_slots >= k_len and not newly_masked:
             layer.commit()
             return
@@ -411,7 +382,7 @@ class MergeOnEvictPress(PressWrapper):
         left = layer.left()
         if n_slots < k_len and left.positions is None:
             raise _not_followed(self.press)
-        eviction = self._find_eviction(state, left, k_len, masked_before, masked_after, limit)
+        eviction = state.find_eviction(left, k_len, masked_before, masked_after, limit)
         self.report.record(int(module.layer_idx), eviction)  # type: ignore[arg-type]
         if eviction.n_evicted == 0:
             layer.commit()
@@ -425,64 +396,6 @@ class MergeOnEvictPress(PressWrapper):
             None if new_keys is left.keys else new_keys,
             None if new_values is left.values else new_values,
         )
-
-    def _find_eviction(
-        self, state: LayerState, left: Left, k_len: int, masked_before: Any, masked_after: Any, limit: int | None
-    ) -> Eviction:
-        bsz, num_key_value_heads, n_slots, _ = left.values.shape
-        has_masks = masked_after is not None or state.masked is not None
-        if not has_masks and not left.has_foreign_rows and (limit is None or limit >= k_len):
-            assert left.positions is not None
-            eviction = Eviction.from_kept(left.positions, k_len)
-            return replace(eviction, keys_rewritten=left.keys_rewritten)
-
-        device = left.values.device
-        shape = (bsz, num_key_value_heads, k_len)
-        masked_earlier = masked_positions(masked_before, shape, device)
-        if state.masked is not None:
-            n_known = min(state.masked.shape[-1], k_len)
-            masked_earlier[..., :n_known] |= state.masked[..., :n_known]
-        slots_masked = masked_positions(masked_after, (bsz, num_key_value_heads, n_slots), device)
-
-        slot_of = None
-        if n_slots < k_len:
-            assert left.positions is not None
-            # One column more for slots that hold no position of the cache.
-            column = torch.where(left.positions >= 0, left.positions, k_len)
-            slots = torch.arange(n_slots, device=device).expand_as(column)
-            scratch = torch.zeros(bsz, num_key_value_heads, k_len + 1, dtype=torch.int64, device=device)
-            slot_of = scratch.scatter(-1, column, slots)[..., :k_len]
-            is_kept = scratch.bool().scatter(-1, column, True)[..., :k_len]
-            masked_now = scratch.bool().scatter(-1, column, slots_masked)[..., :k_len]
-            state.masked = torch.cat([masked_earlier | masked_now, scratch[..., :1].bool()], dim=-1).gather(-1, column)
-        else:
-            is_kept = torch.ones(shape, dtype=torch.bool, device=device)
-            masked_now = slots_masked[..., :k_len]
-            state.masked = masked_earlier | masked_now
-
-        is_context = torch.arange(k_len, device=device) < (k_len if limit is None else limit)
-        is_survivor = is_kept & ~masked_now & ~masked_earlier & is_context
-        is_evicted = ~(is_kept & ~masked_now) & ~masked_earlier & is_context
-        return replace(Eviction.from_masks(is_survivor, is_evicted, slot_of), keys_rewritten=left.keys_rewritten)
-
-
-def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention layers, where kvpress finds them."""
-    base = getattr(model, "model", model)
-    language_model = getattr(base, "language_model", base)
-    return [layer.self_attn for layer in getattr(language_model, "layers", ())]
-
-
-def _masks_of(module: nn.Module) -> tuple[torch.Tensor, ...] | None:
-    """What ``module.masked_key_indices`` says now: a press may write into the list."""
-    masks = getattr(module, "masked_key_indices", None)
-    return None if masks is None else tuple(masks)
-
-
-def _is_same(masks: Any, others: Any) -> bool:
-    if masks is None or others is None:
-        return masks is others
-    return len(masks) == len(others) and all(map(operator.is_, masks, others))
 
 
 def _evicts_no_positions(press: BasePress) -> bool:
@@ -528,51 +441,10 @@ def _own_compression_ratios(press: BasePress) -> list[tuple[BasePress, Any]]:
     ]
 
 
-def _replace_new_hooks(module: nn.Module, earlier: set[int] | None, followed: Callable) -> None:
-    """Put ``followed(hook)`` in place of each hook that the inner press has just put on ``module``."""
-    for hook_id, hook in module._forward_hooks.items():
-        if hook_id not in (earlier or ()):
-            takes_kwargs = hook_id in module._forward_hooks_with_kwargs
-            module._forward_hooks[hook_id] = followed(hook if takes_kwargs else _dropping_kwargs(hook))
-            module._forward_hooks_with_kwargs[hook_id] = True
-
-
-def _dropping_kwargs(hook: Callable) -> Callable:
-    return lambda module, args, kwargs, output: hook(module, args, output)
-
-
-def _remove(handles: Iterable[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-@contextmanager
-def _tracks_removed(model: PreTrainedModel) -> Generator[None, None, None]:
-    """
-    Take off the modules what presses put on them and leave there.
-
-    That is ``forward``, which a press that wraps it puts back as an attribute of the module, where it was the class's;
-    and ``rotary_emb``, which every press lends to the attention layers.
-    """
-    forwards = [(module, vars(module).get("forward")) for module in model.modules()]
-    without_rotary_emb = [module for module in _attention_modules(model) if not hasattr(module, "rotary_emb")]
-    try:
-        yield
-    finally:
-        for module, forward in forwards:
-            if forward is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = forward
-        for module in without_rotary_emb:
-            if hasattr(module, "rotary_emb"):
-                del module.rotary_emb
-
-
 @contextmanager
 def _unchanged(seen: dict[nn.Module, Cache]) -> Generator[None, None, None]:
     """Undo what is done inside to the caches and masks of these layers."""
-    masked_before = {module: _masks_of(module) for module in seen}
+    masked_before = {module: masks_of(module) for module in seen}
     layers = [(module, open_layer(cache, module.layer_idx)) for module, cache in seen.items()]  # type: ignore[arg-type]
     try:
         yield
