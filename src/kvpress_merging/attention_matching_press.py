@@ -65,7 +65,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
     ----------
     press : BasePress
         The press whose evictions are made good for: any press that evicts positions.
-    n_queries : int, default=128
+    n_queries : int, default=96
         Reference queries per KV head, each from a position of its own, at least 1.
     key_ridge : float, default=0.1
         How strongly keys are held where they were, above 0, in units of the mean squared reference query.
@@ -81,11 +81,11 @@ class AttentionMatchingPress(MergeOnEvictPress):
     --------
     >>> from kvpress import SnapKVPress
     >>> from kvpress_merging import AttentionMatchingPress
-    >>> AttentionMatchingPress(SnapKVPress(0.5), n_queries=128).n_queries
-    128
+    >>> AttentionMatchingPress(SnapKVPress(0.5), n_queries=64).n_queries
+    64
     """
 
-    n_queries: int = 128
+    n_queries: int = 96
     key_ridge: float = 0.1
     value_ridge: float = 0.03
 

@@ -15,7 +15,7 @@ import torch
 
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.nearby import naive_nearest_nearby, nearest_nearby
-from kvpress_merging.kernels.nearest import block_bytes, gather_rows, head_blocks
+from kvpress_merging.kernels.nearest import block_bytes, gather_rows, head_blocks, scatter_rows
 
 # Attention below this share is nothing: it keeps logarithms of what is not attended to from running away.
 _LEAST_MASS = 1e-30
@@ -113,7 +113,7 @@ def attention_match(
         The survivors' keys and values, and how well they stand for what was evicted.
     """
     bsz, num_key_value_heads, _, head_dim = kept_keys.shape
-    new_keys, new_values = kept_keys.clone(), kept_values.clone()
+    new_keys, new_values = (rows.clone(memory_format=torch.contiguous_format) for rows in (kept_keys, kept_values))
     is_fitted = torch.zeros((bsz, num_key_value_heads), dtype=torch.bool, device=keys.device)
     error_before = torch.zeros((bsz, num_key_value_heads), dtype=torch.float32, device=keys.device)
     error_after = torch.zeros_like(error_before)
@@ -125,40 +125,40 @@ def attention_match(
             continue
         survivors, evicted = eviction.survivors[b, heads, :n_survivors], eviction.evicted[b, heads, :n_evicted]
         slots = eviction.slots[b, heads, :n_survivors]
-        before = gather_rows(kept_keys[b, heads], slots), gather_rows(kept_values[b, heads], slots)
-        after_keys, after_values, *rest = _fit(
-            keys[b, heads],
-            values[b, heads],
-            before[0].float(),
-            before[1].float(),
+        before = gather_rows(keys[b, heads], torch.cat([survivors, evicted], dim=-1))
+        old_keys = gather_rows(kept_keys[b, heads], slots) if eviction.keys_rewritten else before[:, :n_survivors]
+        old_values = gather_rows(kept_values[b, heads], slots)
+        fitted_keys, fitted_values, *rest = _fit(
+            before.float(),
+            gather_rows(values[b, heads], evicted).float(),
+            old_keys.float(),
+            old_values.float(),
             queries[b, heads],
             kept_queries[b, heads],
-            survivors,
-            evicted,
+            torch.searchsorted(survivors.contiguous(), evicted.contiguous()),
             keys_rewritten=eviction.keys_rewritten,
             key_ridge=key_ridge,
             value_ridge=value_ridge,
             fit_keys=fit_keys,
         )
         is_better, error_before[b, heads], error_after[b, heads] = rest
-        after_keys, after_values = after_keys.to(keys.dtype), after_values.to(values.dtype)
-        is_better = is_better & after_keys.isfinite().all(dim=(1, 2)) & after_values.isfinite().all(dim=(1, 2))
+        fitted_keys, fitted_values = fitted_keys.to(keys.dtype), fitted_values.to(values.dtype)
+        for fitted in (fitted_keys, fitted_values):  # one that is not finite spoils the sum
+            is_better = is_better & fitted.sum(dim=(1, 2), dtype=torch.float32).isfinite()
         is_fitted[b, heads] = is_better
-        for new, old, fitted in ((new_keys, before[0], after_keys), (new_values, before[1], after_values)):
-            rows = torch.where(is_better[:, None, None], fitted, old)
-            new[b, heads] = new[b, heads].scatter(1, slots[..., None].expand_as(rows), rows)
+        for new, old, fitted in ((new_keys, old_keys, fitted_keys), (new_values, old_values, fitted_values)):
+            scatter_rows(new[b, heads], slots, torch.where(is_better[:, None, None], fitted, old))
     return Match(new_keys, new_values, is_fitted, error_before, error_after)
 
 
 def _fit(
     keys: torch.Tensor,
-    values: torch.Tensor,
+    evicted_values: torch.Tensor,
     kept_keys: torch.Tensor,
     kept_values: torch.Tensor,
     queries: torch.Tensor,
     kept_queries: torch.Tensor,
-    survivors: torch.Tensor,
-    evicted: torch.Tensor,
+    place: torch.Tensor,
     *,
     keys_rewritten: bool,
     key_ridge: float,
@@ -166,51 +166,55 @@ def _fit(
     fit_keys: bool,
 ) -> tuple[torch.Tensor, ...]:
     """
-    Fit a block of heads; shapes are those of :func:`attention_match` without the batch axis and without padding.
+    Fit a block of heads.
 
-    ``kept_keys`` and ``kept_values`` are float32 and in the order of ``survivors``.
+    Parameters
+    ----------
+    keys : torch.Tensor
+        Of the layer before the eviction, first the survivors', then those evicted, float32, shape
+        ``(n_heads, n_survivors + n_evicted, head_dim)``.
+    evicted_values : torch.Tensor
+        float32, shape ``(n_heads, n_evicted, head_dim)``.
+    kept_keys, kept_values : torch.Tensor
+        The survivors as the press left them, float32, shape ``(n_heads, n_survivors, head_dim)``.
+    queries, kept_queries : torch.Tensor
+        Shape ``(n_heads, n_queries, head_dim)``.
+    place : torch.Tensor
+        How many survivors stand before each evicted position, int64, shape ``(n_heads, n_evicted)``.
+    keys_rewritten, key_ridge, value_ridge, fit_keys
+        See :func:`attention_match`.
 
     Returns
     -------
     tuple of torch.Tensor
         Keys, values, whether the fit is better than eviction, and the relative errors of eviction and of the fit.
     """
-    survivor_keys, evicted_keys = gather_rows(keys, survivors).float(), gather_rows(keys, evicted).float()
-    survivor_values, evicted_values = gather_rows(values, survivors).float(), gather_rows(values, evicted).float()
-    n_heads, n_survivors, _ = survivor_keys.shape
+    n_heads, n_survivors, _ = kept_keys.shape
 
     # Positions run along rows, queries along columns, so that rows can be gathered and added. In place where it can be:
     # on a CPU most of the time goes into passes over these matrices.
-    transposed = queries.transpose(1, 2)
-    kept_logits = torch.bmm(survivor_keys, transposed)
-    lost_mass = torch.bmm(evicted_keys, transposed)
-    largest = torch.maximum(kept_logits.amax(dim=1, keepdim=True), lost_mass.amax(dim=1, keepdim=True))
-    kept_mass = kept_logits.sub_(largest).exp_()
-    lost_mass.sub_(largest).exp_()
-    share = kept_mass.sum(dim=1, keepdim=True).add_(lost_mass.sum(dim=1, keepdim=True)).reciprocal_()
-    kept_mass.mul_(share)
-    lost_mass.mul_(share)
-    output = torch.bmm(kept_mass.transpose(1, 2), survivor_values)
-    output.baddbmm_(lost_mass.transpose(1, 2), evicted_values)
+    mass = torch.bmm(keys, queries.transpose(1, 2))
+    largest = mass.amax(dim=1, keepdim=True)
+    mass.sub_(largest).exp_()
+    share = mass.sum(dim=1, keepdim=True).reciprocal_()
+    mass.mul_(share)
+    kept_mass, lost_mass = mass[:, :n_survivors], mass[:, n_survivors:]
+    residual = torch.bmm(lost_mass.transpose(1, 2), evicted_values)
+    output = torch.baddbmm(residual, kept_mass.transpose(1, 2), kept_values)
 
     # What the survivors have without a fit, as the press left their keys.
     mass = kept_mass
     if keys_rewritten:
         mass = torch.bmm(kept_keys, kept_queries.transpose(1, 2)).sub_(largest).exp_().mul_(share)
-    residual = torch.baddbmm(output, mass.transpose(1, 2), kept_values, alpha=-1)
+        residual = torch.baddbmm(output, mass.transpose(1, 2), kept_values, alpha=-1)
     error_of_eviction = _squared_error(residual, mass, output)
 
     shifted_keys = kept_keys
     if fit_keys:
-        factor = _cholesky(_second_moment(queries, key_ridge))
-        target = nearest_nearby(
-            torch.bmm(survivor_keys, factor),
-            torch.bmm(evicted_keys, factor),
-            torch.searchsorted(survivors.contiguous(), evicted.contiguous()),
-        )
-        if kept_queries is not queries:
-            factor = _cholesky(_second_moment(kept_queries, key_ridge))
-        first_row = torch.arange(0, n_heads * n_survivors, n_survivors, device=keys.device)[:, None]
+        moment = _second_moment(queries, key_ridge)
+        target = nearest_nearby(keys[:, :n_survivors], keys[:, n_survivors:], place, moment)
+        factor = _cholesky(_second_moment(kept_queries, key_ridge) if keys_rewritten else moment)
+        first_row = torch.arange(0, n_heads * n_survivors, n_survivors, device=place.device)[:, None]
         growth = kept_mass + _LEAST_MASS
         growth.view(n_heads * n_survivors, -1).index_add_(0, (target + first_row).view(-1), lost_mass.flatten(0, 1))
         growth.div_(mass + _LEAST_MASS).log_()
@@ -281,9 +285,9 @@ def naive_attention_match(
         fitted_keys = old_keys
         if fit_keys:
             identity = torch.eye(q.shape[1], dtype=q.dtype)
-            seen = torch.linalg.cholesky(q.T @ q + key_ridge * (q.T @ q).diagonal().mean() * identity)
+            moment = q.T @ q + key_ridge * (q.T @ q).diagonal().mean() * identity
             place = torch.searchsorted(survivors, evicted)
-            target = naive_nearest_nearby(all_keys[survivors] @ seen, all_keys[evicted] @ seen, place)
+            target = naive_nearest_nearby(all_keys[survivors], all_keys[evicted], place, moment)
             growth = kept_mass.index_add(1, target, lost_mass) + _LEAST_MASS
             growth = (growth / (mass + _LEAST_MASS)).log()
             gram = kept_q.T @ kept_q

@@ -9,14 +9,19 @@ import torch.nn.functional as F
 
 from kvpress_merging.kernels.nearest import block_bytes, first_max, gather_rows
 
-WINDOW = 256
+WINDOW = 128
 """Survivors among which an evicted position looks for the nearest: about half of them before it, half behind."""
 
-# Neighbouring evicted positions that share one window: few, so that it lies around each of them.
-_BLOCK = 16
+
+def block_length(n_survivors: int, n_evicted: int) -> int:
+    """Neighbouring evicted positions that share a window: as many as lie within the middle half of it, a power of 2."""
+    fitting = max(1, WINDOW // 2 * n_evicted // max(1, n_survivors))
+    return min(64, 1 << (fitting.bit_length() - 1))
 
 
-def nearest_nearby(survivor_keys: torch.Tensor, evicted_keys: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+def nearest_nearby(
+    survivor_keys: torch.Tensor, evicted_keys: torch.Tensor, place: torch.Tensor, metric: torch.Tensor
+) -> torch.Tensor:
     """
     For each evicted position, the survivor with the nearest key among those near it in the context.
 
@@ -27,9 +32,12 @@ def nearest_nearby(survivor_keys: torch.Tensor, evicted_keys: torch.Tensor, plac
     ----------
     survivor_keys, evicted_keys : torch.Tensor
         float32, shapes ``(n_heads, n_survivors, head_dim)`` and ``(n_heads, n_evicted, head_dim)``, each in the order
-        of the context. Distances between them are Euclidean.
+        of the context.
     place : torch.Tensor
         How many survivors stand before each evicted position, int64, shape ``(n_heads, n_evicted)``.
+    metric : torch.Tensor
+        Symmetric and positive definite, float32, shape ``(n_heads, head_dim, head_dim)``: the squared distance of two
+        keys is ``(x - y)^T metric (x - y)``.
 
     Returns
     -------
@@ -38,43 +46,48 @@ def nearest_nearby(survivor_keys: torch.Tensor, evicted_keys: torch.Tensor, plac
     """
     n_heads, n_survivors, _ = survivor_keys.shape
     n_evicted = evicted_keys.shape[1]
-    # |x - y|^2 / 2 is least where x y - |y|^2 / 2 is most: one more column makes a product of it. Evenly scaled, or the
-    # halves of large squares would take the small ones' digits.
-    half_square = survivor_keys.square().sum(dim=-1, keepdim=True) / 2
-    scale = half_square.amax(dim=1, keepdim=True).sqrt().clamp_(min=torch.finfo(torch.float32).tiny)
-    survivor_keys = torch.cat([survivor_keys, -half_square / scale], dim=-1)
+    # The distance of x to y is least where x^T M y - y^T M y / 2 is most: one more column makes a product of it. Evenly
+    # scaled, or the halves of large squares would take the small ones' digits.
+    measured = torch.bmm(survivor_keys, metric)
+    half_square = (survivor_keys * measured).sum(dim=-1, keepdim=True).div_(2)
+    scale = half_square.amax(dim=1, keepdim=True).sqrt_().clamp_(min=torch.finfo(torch.float32).tiny)
+    survivor_keys = torch.cat([measured, half_square.div_(-scale)], dim=-1)
     evicted_keys = torch.cat([evicted_keys, scale.expand(-1, n_evicted, 1)], dim=-1)
     if n_survivors <= WINDOW:
         return first_max(torch.bmm(survivor_keys, evicted_keys.transpose(1, 2)), n_survivors)[1].squeeze(1)
 
     head_dim = survivor_keys.shape[-1]
-    n_missing = -n_evicted % _BLOCK
-    blocks = F.pad(evicted_keys, (0, 0, 0, n_missing)).view(n_heads, -1, _BLOCK, head_dim)
-    first = F.pad(place, (0, n_missing)).view(n_heads, -1, _BLOCK)
+    length = block_length(n_survivors, n_evicted)
+    n_missing = -n_evicted % length
+    blocks = F.pad(evicted_keys, (0, 0, 0, n_missing)).view(n_heads, -1, length, head_dim)
+    first = F.pad(place, (0, n_missing)).view(n_heads, -1, length)
     # Centred on the block's middle; the last block's on the middle of what there is of it.
-    last_middle = (_BLOCK - n_missing) // 2
-    middle = torch.cat([first[:, :-1, _BLOCK // 2], first[:, -1:, last_middle]], dim=1)
+    last_middle = (length - n_missing) // 2
+    middle = torch.cat([first[:, :-1, length // 2], first[:, -1:, last_middle]], dim=1)
     start = (middle - WINDOW // 2).clamp_(0, n_survivors - WINDOW)
     n_blocks = blocks.shape[1]
-    target = torch.empty((n_heads, n_blocks, _BLOCK), dtype=torch.int64, device=place.device)
+    target = torch.empty((n_heads, n_blocks, length), dtype=torch.int64, device=place.device)
     near = torch.arange(WINDOW, device=place.device)
-    at_once = max(1, block_bytes(place.device) // (4 * n_heads * WINDOW * (head_dim + _BLOCK)))
+    at_once = max(1, block_bytes(place.device) // (4 * n_heads * WINDOW * (head_dim + length)))
     for i in range(0, n_blocks, at_once):
         block = slice(i, i + at_once)
         window = start[:, block, None] + near
         candidates = gather_rows(survivor_keys, window.flatten(1)).view(-1, WINDOW, head_dim)
-        cosine = torch.bmm(candidates, blocks[:, block].reshape(-1, _BLOCK, head_dim).transpose(1, 2))
-        best = first_max(cosine, WINDOW)[1].view(n_heads, -1, _BLOCK)
+        cosine = torch.bmm(candidates, blocks[:, block].reshape(-1, length, head_dim).transpose(1, 2))
+        best = first_max(cosine, WINDOW)[1].view(n_heads, -1, length)
         target[:, block] = best + start[:, block, None]
     return target.flatten(1)[:, :n_evicted]
 
 
-def naive_nearest_nearby(survivor_keys: torch.Tensor, evicted_keys: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+def naive_nearest_nearby(
+    survivor_keys: torch.Tensor, evicted_keys: torch.Tensor, place: torch.Tensor, metric: torch.Tensor
+) -> torch.Tensor:
     """:func:`nearest_nearby` for one head, one evicted position after the other."""
+    length = block_length(len(survivor_keys), len(evicted_keys))
     target = []
     for i, key in enumerate(evicted_keys):
-        block = place[i - i % _BLOCK : i - i % _BLOCK + _BLOCK]
+        block = place[i - i % length : i - i % length + length]
         start = max(0, min(int(block[len(block) // 2]) - WINDOW // 2, len(survivor_keys) - WINDOW))
-        distance = (survivor_keys[start : start + WINDOW] - key).norm(dim=-1)
-        target.append(start + int(distance.argmin()))
+        difference = survivor_keys[start : start + WINDOW] - key
+        target.append(start + int(((difference @ metric) * difference).sum(dim=-1).argmin()))
     return torch.tensor(target)

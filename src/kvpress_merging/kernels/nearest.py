@@ -93,6 +93,24 @@ def gather_rows(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return flat.view(*positions.shape, head_dim)
 
 
+def scatter_rows(rows: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> None:
+    """
+    Overwrite rows by position, for each head, in place: the inverse of :func:`gather_rows`.
+
+    Parameters
+    ----------
+    rows : torch.Tensor
+        Shape ``(n_heads, k_len, head_dim)``, contiguous.
+    positions : torch.Tensor
+        int64, shape ``(n_heads, n)``, none twice within a head.
+    new : torch.Tensor
+        Shape ``(n_heads, n, head_dim)``, in the dtype of ``rows``.
+    """
+    n_heads, k_len, head_dim = rows.shape
+    first_row = torch.arange(0, n_heads * k_len, k_len, device=rows.device)[:, None]
+    rows.view(-1, head_dim).index_copy_(0, (positions + first_row).view(-1), new.reshape(-1, head_dim))
+
+
 def row_norms(rows: torch.Tensor) -> torch.Tensor:
     """
     Euclidean norm of each row, in float64, where no square of a finite float32 overflows or vanishes.
