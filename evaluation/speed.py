@@ -39,7 +39,8 @@ from rich.table import Table
 from evaluation.cli import parse_config
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
-from kvpress_merging.kernels.nearest import DEFAULT_TILE_BYTES, tile_shape
+from kvpress_merging.kernels.nearest import tile_shape
+from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
 
 SUBJECTS = ("kvpress", "ours", "product", "tiles")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
