@@ -91,7 +91,16 @@ def row_norms(rows: torch.Tensor) -> torch.Tensor:
     """
     if rows.dtype == torch.float64:
         rows = rows.float()
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+    norms = torch.empty(rows.shape[:-1], dtype=torch.float64, device=rows.device)
+    # Block by block, since PyTorch makes a float64 copy of what it is given.
+    k_len, head_dim = rows.shape[2:]
+    rows_per_block = max(1, block_bytes(rows.device) // (8 * max(1, head_dim)))
+    heads_per_block = max(1, rows_per_block // max(1, k_len))
+    for b in range(rows.shape[0]):
+        for some_heads, their_norms in zip(rows[b].split(heads_per_block), norms[b].split(heads_per_block)):
+            for block, out in zip(some_heads.split(rows_per_block, 1), their_norms.split(rows_per_block, 1)):
+                torch.linalg.vector_norm(block, dim=-1, dtype=torch.float64, out=out)
+    return norms
 
 
 def adds_by_segment(device: torch.device) -> bool:
