@@ -95,11 +95,11 @@ def test_bfloat16_rows_are_multiplied_by_powers_of_two_into_a_safe_range():
 
 def test_norms_are_taken_of_blocks_since_a_float64_copy_is_made_of_each():
     with mock.patch.object(torch.linalg, "vector_norm", wraps=torch.linalg.vector_norm) as vector_norm:
-        row_norms(torch.zeros(1, 3, 40_000, 128, dtype=torch.bfloat16))
-    assert max(8 * call.args[0].numel() for call in vector_norm.call_args_list) <= 16 * 2**20
+        row_norms(torch.zeros(1, 3, 9000, 128, dtype=torch.bfloat16))
+    assert max(8 * call.args[0].numel() for call in vector_norm.call_args_list) <= 4 * 2**20
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 20_000, 128), (2, 3, 40, 16), (1, 2, 0, 8), (0, 2, 5, 8)])
+@pytest.mark.parametrize("shape", [(1, 3, 9000, 128), (2, 3, 40, 16), (1, 2, 0, 8), (0, 2, 5, 8)])
 def test_norms_are_those_of_each_row(shape):
     rows = random_rows(*shape, seed=0)
     assert torch.equal(row_norms(rows), rows.double().norm(dim=-1))
