@@ -3,160 +3,102 @@
 """
 Time and memory of the cosine blend next to kvpress's own ``MergingPress.merge``, on this machine, in one run.
 
-``python -m evaluation speed`` prints a table of four subjects on the same keys, values and kept positions:
+``python -m evaluation speed`` runs these subjects on the same keys, values and kept positions, over context, heads,
+ratio and dtype, on the CPU and on a GPU if there is one:
 
+- *eviction*: gathering the survivors and nothing else. It is outside in all others;
 - *kvpress*: ``kvpress.MergingPress(KnormPress(ratio)).merge``;
-- *ours*: finding the evicted positions and :func:`kvpress_merging.kernels.blend.cosine_blend`, with equal parameters;
-- *product*: one matrix product per head of all evicted with all surviving keys, in float32, and nothing else: the floor
-  of any exact search that asks the BLAS for it (in pieces of 1 GiB where it is larger);
-- *tiles*: the same products in the tiles that ours takes them in.
+- *ours*: finding the evicted positions and ``cosine_blend``, with equal parameters and ``kernel="torch"``;
+- *ours-triton* (GPU): the same with ``kernel="triton"``;
+- *product*: one matrix product per head of all evicted with all surviving keys, and nothing else: the floor of any
+  exact search that asks the BLAS for it (in pieces of 1 GiB where it is larger);
+- *tiles* (CPU): the same products in the tiles that ours takes them in;
+- *attention* (GPU): causal attention of four query heads per KV head over the same context, as a prefill has it.
 
-Gathering the survivors, which eviction without merging does as well, is outside in all four. Times are taken in rounds
-that run every subject once, and ratios are medians over rounds, so that a busy machine hurts all alike. Extra memory is
-the growth of the peak resident set during one call in a fresh process of its own, read from ``/proc`` (Linux; elsewhere
-it is left out).
+Times are taken in rounds that run every subject once, and ratios are medians over rounds, so that a busy machine hurts
+all alike. Extra memory is the growth of the peak during one call: of a fresh process on a CPU (Linux; elsewhere it is
+left out), of PyTorch's allocator on a GPU. --prefill times whole prefills as well. Writes speed.json and speed.png.
 """
 
 from __future__ import annotations
 
-import gc
+import itertools
 import json
-import multiprocessing
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from kvpress import KnormPress, MergingPress
 from rich.console import Console
-from rich.table import Table
 
 from evaluation.cli import parse_config
-from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels.blend import cosine_blend
-from kvpress_merging.kernels.nearest import DEFAULT_TILE_BYTES, tile_shape
+from evaluation.models import BUILT_IN_MODEL, load_model
+from evaluation.speed_prefill import measure_prefill
+from evaluation.speed_report import plot, show
+from evaluation.speed_subjects import DTYPES, SUBJECTS, Cell, measure_extra_bytes, measure_seconds
+from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
 
-SUBJECTS = ("kvpress", "ours", "product", "tiles")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEVICES = ("cpu", "cuda")
+NO_GPU = "no GPU on this machine: run the same command on one"
 
 
 @dataclass
 class SpeedArguments:
-    """What to measure."""
+    """What to measure: every combination of devices, contexts, heads, ratios and dtypes."""
 
-    k_len: int = field(default=16_384, metadata={"help": "Tokens in the cache."})
-    num_key_value_heads: int = field(default=8, metadata={"help": "KV heads."})
+    k_len: list[int] = field(default_factory=lambda: [8192, 16_384, 32_768], metadata={"help": "Tokens in the cache."})
+    num_key_value_heads: list[int] = field(default_factory=lambda: [8], metadata={"help": "KV heads."})
+    compression_ratio: list[float] = field(
+        default_factory=lambda: [0.5], metadata={"help": "Share of the tokens evicted, in (0, 1)."}
+    )
+    dtype: list[str] = field(
+        default_factory=lambda: ["bfloat16"], metadata={"help": f"Of the cache: {', '.join(DTYPES)}."}
+    )
+    devices: list[str] = field(
+        default_factory=lambda: list(DEVICES), metadata={"help": f"Where: {', '.join(DEVICES)}."}
+    )
+    subjects: list[str] = field(
+        default_factory=lambda: list(SUBJECTS), metadata={"help": f"What: {', '.join(SUBJECTS)}."}
+    )
     head_dim: int = field(default=128, metadata={"help": "Length of a key or value."})
-    dtype: str = field(default="bfloat16", metadata={"help": f"Of the cache: {', '.join(DTYPES)}."})
-    compression_ratio: float = field(default=0.5, metadata={"help": "Share of the tokens evicted, in (0, 1)."})
-    repeats: int = field(default=5, metadata={"help": "Rounds after one to warm up."})
+    prefill: list[int] = field(
+        default_factory=list, metadata={"help": "Tokens of whole prefills to time, for instance 1024 4096 8192."}
+    )
+    model: str = field(default=BUILT_IN_MODEL, metadata={"help": "For --prefill: smollm2, a hub id or a folder."})
+    repeats: int = field(default=3, metadata={"help": "Rounds after one to warm up."})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves PyTorch's choice."})
     tile_bytes: int = field(default=DEFAULT_TILE_BYTES, metadata={"help": "Most bytes of one tile of cosines."})
-    output: str | None = field(default=None, metadata={"help": "JSON file to write the figures to."})
+    output_dir: str = field(default="results/speed", metadata={"help": "Folder for speed.json and speed.png."})
 
     def __post_init__(self) -> None:
-        for name in ("k_len", "num_key_value_heads", "head_dim", "repeats", "tile_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("k_len", "num_key_value_heads", "prefill", "head_dim", "repeats", "tile_bytes"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, list) else [value]:
+                if number < 1:
+                    raise ValueError(f"{name} must be at least 1, got {number}")
         if self.threads < 0:
             raise ValueError(f"threads must be at least 0, got {self.threads}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if not 0 < int(self.k_len * self.compression_ratio) < self.k_len:
-            raise ValueError(f"compression_ratio must leave and evict some tokens, got {self.compression_ratio}")
+        for name, allowed in (("dtype", DTYPES), ("devices", DEVICES), ("subjects", SUBJECTS)):
+            for value in getattr(self, name):
+                if value not in allowed:
+                    raise ValueError(f"{name} must be among {', '.join(allowed)}, got {value!r}")
+        for k_len, ratio in itertools.product([*self.k_len, *self.prefill], self.compression_ratio):
+            if not 0 < int(k_len * ratio) < k_len:
+                raise ValueError(f"compression_ratio must leave and evict some of {k_len} tokens, got {ratio}")
 
-
-def make_subject(name: str, arguments: SpeedArguments) -> Callable[[], Any]:
-    """One call of a subject on inputs that depend on the arguments alone."""
-    bsz, heads, k_len, head_dim = 1, arguments.num_key_value_heads, arguments.k_len, arguments.head_dim
-    n_kept = k_len - int(k_len * arguments.compression_ratio)
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.empty(bsz, heads, k_len, head_dim, dtype=DTYPES[arguments.dtype])
-    values = torch.empty_like(keys)
-    # Head by head, so that a float32 copy of all heads does not raise the peak before the measurement.
-    for tensor in (keys, values):
-        for h in range(heads):
-            tensor[:, h] = torch.randn(bsz, k_len, head_dim, generator=generator).to(tensor.dtype)
-    kept = torch.rand(bsz, heads, k_len, generator=generator).topk(n_kept, dim=-1).indices
-
-    if name == "kvpress":
-        press = MergingPress(KnormPress(arguments.compression_ratio))
-        return lambda: press.merge(keys, values, kept)
-
-    if name == "ours":
-        index = kept[..., None].expand(-1, -1, -1, head_dim)
-        kept_keys, kept_values = keys.gather(2, index), values.gather(2, index)
-        return lambda: cosine_blend(
-            keys, values, kept_keys, kept_values, Eviction.from_kept(kept, k_len), tile_bytes=arguments.tile_bytes
-        )
-
-    n_evicted = k_len - n_kept
-    n_rows, n_columns = n_kept, max(1, min(n_evicted, 2**28 // n_kept))
-    if name == "tiles":
-        _, n_rows, n_columns = tile_shape(n_kept, n_evicted, keys.device, arguments.tile_bytes)
-    float_keys = keys[0, 0].float()
-    survivors, evicted = float_keys[:n_kept].split(n_rows), float_keys[n_kept:].split(n_columns)
-    buffer = torch.empty(len(survivors[0]) * len(evicted[0]))
-
-    def products() -> None:
-        for _ in range(heads):
-            for columns in evicted:
-                for rows in survivors:
-                    out = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
-                    torch.mm(rows, columns.T, out=out)
-
-    return products
-
-
-def measure_seconds(arguments: SpeedArguments) -> dict[str, list[float]]:
-    """Seconds of every call, for each subject, round by round."""
-    subjects = {name: make_subject(name, arguments) for name in SUBJECTS}
-    seconds: dict[str, list[float]] = {name: [] for name in SUBJECTS}
-    for call in subjects.values():
-        call()
-    for _ in range(arguments.repeats):
-        for name, call in subjects.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _resident_bytes(entry: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(entry + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no entry {entry}")
-
-
-def _peak_of_one_call(name: str, arguments: SpeedArguments) -> int:
-    """Bytes by which one call raises the peak resident set of this process, which runs nothing else."""
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    # A small call first: what libraries and threads allocate once is not the subject's.
-    make_subject(name, SpeedArguments(k_len=256, num_key_value_heads=1, head_dim=arguments.head_dim))()
-    call = make_subject(name, arguments)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
-    before = _resident_bytes("VmRSS")
-    call()
-    return _resident_bytes("VmHWM") - before
-
-
-def measure_extra_bytes(arguments: SpeedArguments) -> dict[str, int | None]:
-    """Extra peak memory of one call of each subject, each in a fresh process; None where there is no ``/proc``."""
-    if not Path("/proc/self/clear_refs").exists():
-        return dict.fromkeys(SUBJECTS)
-    extra: dict[str, int | None] = {}
-    for name in SUBJECTS:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            extra[name] = pool.apply(_peak_of_one_call, (name, arguments))
-    return extra
+    def cells(self) -> list[Cell]:
+        """The grid, the context varying fastest."""
+        return [
+            Cell(device, k_len, heads, self.head_dim, ratio, dtype)
+            for device, dtype, heads, ratio, k_len in itertools.product(
+                self.devices, self.dtype, self.num_key_value_heads, self.compression_ratio, sorted(set(self.k_len))
+            )
+        ]
 
 
 def measure(arguments: SpeedArguments) -> dict[str, Any]:
@@ -166,70 +108,130 @@ def measure(arguments: SpeedArguments) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``arguments``, ``machine`` and ``subjects``: for each subject the ``seconds`` of each round, their median, the
-        extra peak memory in bytes, both as a ratio to kvpress's, and the share of the rate of the product alone.
+        ``arguments``; ``machine``; ``layers``: a row for each cell and subject, see :func:`measure_cell`, or a row with
+        a ``note`` where there is no GPU; ``growth``, see :func:`growth`; ``prefills``, see :func:`measure_prefill`.
     """
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    load = os.getloadavg()[0]
-    extra = measure_extra_bytes(arguments)
-    seconds = measure_seconds(arguments)
-
-    def median_ratio(numerator: str, denominator: str) -> float:
-        return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator]))
-
-    kvpress_bytes = extra["kvpress"]
-    subjects = {}
-    for name in SUBJECTS:
-        n_bytes = extra[name]
-        subjects[name] = {
-            "seconds": seconds[name],
-            "median_seconds": statistics.median(seconds[name]),
-            "extra_bytes": n_bytes,
-            "time_to_kvpress": median_ratio(name, "kvpress"),
-            "memory_to_kvpress": n_bytes / kvpress_bytes if n_bytes is not None and kvpress_bytes else None,
-            "share_of_product_rate": median_ratio("product", name),
-        }
     machine = {
         "processor": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_before": load,
+        "load_before": os.getloadavg()[0],
         "torch": torch.__version__,
     }
-    return {"arguments": asdict(arguments), "machine": machine, "subjects": subjects}
+    rows: list[dict[str, Any]] = []
+    for cell in arguments.cells():
+        if cell.device == "cuda" and not torch.cuda.is_available():
+            rows.append({**asdict(cell), "subject": "all", "note": NO_GPU})
+        else:
+            rows += measure_cell(cell, arguments)
+    prefills = []
+    if arguments.prefill:
+        model, _ = load_model(arguments.model)
+        for k_len, ratio in itertools.product(arguments.prefill, arguments.compression_ratio):
+            prefills.append({"device": str(model.device), **measure_prefill(model, k_len, ratio, arguments.repeats)})
+    return {
+        "arguments": asdict(arguments),
+        "machine": machine,
+        "layers": rows,
+        "growth": growth(rows),
+        "prefills": prefills,
+    }
 
 
-def print_table(figures: dict[str, Any], console: Console) -> None:
-    """Print the figures of :func:`measure`."""
-    arguments, machine = figures["arguments"], figures["machine"]
-    table = Table(
-        title=f"{arguments['k_len']:,} tokens, {arguments['num_key_value_heads']} heads, head_dim"
-        f" {arguments['head_dim']}, {arguments['dtype']}, ratio {arguments['compression_ratio']}",
-        caption=f"median of {arguments['repeats']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"load average before {machine['load_before']:.1f}",
-    )
-    for heading in ("", "time", "extra memory", "time to kvpress", "memory to kvpress", "share of the product's rate"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, row in figures["subjects"].items():
-        n_bytes, memory_ratio = row["extra_bytes"], row["memory_to_kvpress"]
-        table.add_row(
-            name,
-            f"{row['median_seconds']:.3f} s",
-            "not measured" if n_bytes is None else f"{n_bytes / 1e6:,.0f} MB",
-            f"{row['time_to_kvpress']:.2f}",
-            "" if memory_ratio is None else f"{memory_ratio:.2f}",
-            f"{row['share_of_product_rate']:.0%}",
+def measure_cell(cell: Cell, arguments: SpeedArguments) -> list[dict[str, Any]]:
+    """
+    A row for each subject that there is on the cell's device.
+
+    Returns
+    -------
+    list of dict
+        The cell's fields and ``subject``; ``seconds`` of each round and their median; the median ratios
+        ``time_to_kvpress`` and ``share_of_product_rate``; ``products_per_second`` (multiplications and additions of the
+        products that an exact search needs, over the median); ``extra_bytes`` and ``memory_to_kvpress``. None where the
+        other subject was not run. A subject that ran out of memory has a ``note`` instead.
+    """
+    names = [name for name in SUBJECTS if name in arguments.subjects and cell.device in SUBJECTS[name].devices]
+    seconds, notes = measure_seconds(cell, names, arguments.repeats, arguments.tile_bytes)
+    extra = {name: measure_extra_bytes(cell, name, arguments.tile_bytes, arguments.threads) for name in seconds}
+    operations = 2 * cell.num_key_value_heads * cell.n_kept * cell.n_evicted * cell.head_dim
+
+    def median_ratio(numerator: str, denominator: str) -> float | None:
+        if numerator not in seconds or denominator not in seconds:
+            return None
+        return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator]))
+
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        row: dict[str, Any] = {**asdict(cell), "subject": name}
+        if name in notes:
+            rows.append({**row, "note": notes[name]})
+            continue
+        n_bytes, kvpress_bytes = extra[name], extra.get("kvpress")
+        searches = name not in ("eviction", "attention")
+        median = statistics.median(seconds[name])
+        rows.append(
+            {
+                **row,
+                "seconds": seconds[name],
+                "median_seconds": median,
+                "extra_bytes": n_bytes,
+                "time_to_kvpress": median_ratio(name, "kvpress"),
+                "memory_to_kvpress": n_bytes / kvpress_bytes if n_bytes is not None and kvpress_bytes else None,
+                "share_of_product_rate": median_ratio("product", name) if searches else None,
+                "products_per_second": operations / median if searches else None,
+            }
         )
-    console.print(table)
+    return rows
+
+
+def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    How the time of each subject grows with the context, where there are two contexts at least.
+
+    Returns
+    -------
+    list of dict
+        The cell's fields without ``k_len``, ``subject``, ``from`` and ``to`` (the shortest and the longest context),
+        ``times`` (how many times as long the second takes, the median over rounds) and ``exponent`` (the slope of the
+        logarithm of the median time over that of the context, least squares).
+    """
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "note" not in row:
+            fields = ("device", "num_key_value_heads", "head_dim", "compression_ratio", "dtype", "subject")
+            groups.setdefault(tuple((name, row[name]) for name in fields), []).append(row)
+    grown = []
+    for key, group in groups.items():
+        group = sorted(group, key=lambda row: row["k_len"])
+        if len(group) < 2:
+            continue
+        exponent = np.polyfit(
+            np.log([row["k_len"] for row in group]), np.log([row["median_seconds"] for row in group]), 1
+        )[0]
+        times = statistics.median(b / a for a, b in zip(group[0]["seconds"], group[-1]["seconds"]))
+        grown.append(
+            {
+                **dict(key),
+                "from": group[0]["k_len"],
+                "to": group[-1]["k_len"],
+                "times": times,
+                "exponent": float(exponent),
+            }
+        )
+    return grown
 
 
 def main(argv: Sequence[str]) -> None:
     """Time everything with command-line arguments."""
     arguments = parse_config(SpeedArguments, argv, prog="python -m evaluation speed", description=__doc__ or "")
     figures = measure(arguments)
-    print_table(figures, Console())
-    if arguments.output is not None:
-        output = Path(arguments.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(figures, indent=2) + "\n")
+    console = Console()
+    show(figures, console if console.is_terminal else Console(width=120))
+    folder = Path(arguments.output_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "speed.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    plot(figures).savefig(folder / "speed.png", dpi=150)
+    print(f"Written to {folder}")

@@ -14,7 +14,8 @@ from torch import nn
 
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
-from kvpress_merging.kernels.nearest import DEFAULT_TILE_BYTES, KERNELS
+from kvpress_merging.kernels.nearest import KERNELS
+from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
 
 
@@ -50,7 +51,9 @@ class MergingPress(MergeOnEvictPress):
     tile_bytes : int, keyword-only
         Memory budget of the search for the most similar survivor, in bytes per tile of similarities.
     kernel : str, keyword-only, default="auto"
-        Which implementation searches: ``"auto"`` or ``"torch"``.
+        Which implementation searches: ``"torch"``; ``"triton"``, a fused kernel for GPUs (a ``ValueError`` at the
+        first eviction where it cannot run); or ``"auto"``, which takes the second on CUDA where Triton is installed and
+        a small trial, made once, agrees with the first.
 
     Raises
     ------

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import strategies as st
+from oracle import cosines, nearest
 
 from kvpress_merging.eviction import Eviction
 
@@ -138,3 +141,24 @@ def layers(draw: st.DrawFn) -> Layer:
         for b, h, position in draw(st.lists(somewhere, max_size=5)):
             put_special_row(rows, b, h, position, draw(st.sampled_from(SPECIAL_ROWS)))
     return evict(keys, values, n_kept, kind, seed)
+
+
+def assert_nearest(layer: Layer, similarity: torch.Tensor, target: torch.Tensor) -> None:
+    """The oracle's survivor, or one whose cosine float32 cannot tell from it; never the later of two equal keys."""
+    assert similarity.dtype == torch.float32
+    assert target.dtype == torch.int64
+    assert similarity.shape == target.shape == layer.eviction.evicted.shape
+    for b, h, survivors, _, evicted in heads_of(layer.eviction):
+        keys, values = layer.keys[b, h].double().tolist(), layer.values[b, h].double().tolist()
+        assert (similarity[b, h, len(evicted) :] == -torch.inf).all()
+        for column, of_one in enumerate(cosines(keys, values, survivors, evicted)):
+            best, _ = nearest(of_one)
+            s, j = float(similarity[b, h, column]), int(target[b, h, column])
+            if best == -math.inf:
+                assert s == -math.inf
+                assert 0 <= j < max(1, len(survivors))
+                continue
+            assert s == pytest.approx(best, abs=1e-6)
+            assert of_one[j] == pytest.approx(best, abs=1e-6)
+            equal_keys = [k for k, p in enumerate(survivors) if keys[p] == keys[survivors[j]] and of_one[k] > -math.inf]
+            assert j == equal_keys[0]

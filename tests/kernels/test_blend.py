@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import fields
+from unittest import mock
 
 import pytest
 import torch
@@ -22,8 +23,11 @@ from kernel_cases import (
     shrunk,
 )
 from oracle import blend, cosines, is_finite, merge_weight, nearest, norm, select
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpress_merging.eviction import Eviction
+from kvpress_merging.kernels import blend as blend_module
+from kvpress_merging.kernels import rows as rows_module
 from kvpress_merging.kernels.blend import Blend, cosine_blend, naive_cosine_blend, select_merges
 
 # Relative to the largest number in the rows that were mixed.
@@ -532,3 +536,50 @@ def test_what_comes_out_may_be_written_to_with_gradients():
     for tensor in (result.keys, result.values):
         tensor.mul_(factor)
         assert tensor.requires_grad
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_over_segments_are_those_of_plain_addition(monkeypatch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    to_row = torch.randint(13, (500,), generator=generator).sort().values
+    to_row = to_row[to_row != 4]  # takes nothing
+    rows = random_rows(len(to_row), 7, seed=seed)
+    start = random_rows(13, 7, seed=seed + 100)
+    expected = start.double().index_add_(0, to_row, rows.double())
+    monkeypatch.setattr(rows_module, "adds_by_segment", lambda device: True)
+    sums = start.clone()
+    rows_module.add_rows_(sums, to_row, rows)
+    torch.testing.assert_close(sums[:-1].double(), expected[:-1], rtol=0, atol=2e-5)
+    assert torch.equal(sums[4], start[4])
+
+
+@settings(max_examples=60, deadline=None)
+@given(layer=layers(), options=options)
+def test_blend_as_a_gpu_adds_it_up_is_that_of_the_oracle(layer, options):
+    everywhere = {"adds_by_segment": mock.Mock(return_value=True)}
+    with mock.patch.multiple(rows_module, **everywhere), mock.patch.multiple(blend_module, **everywhere):
+        assert_blend(layer, run(layer, **options), **options)
+
+
+class Operations(TorchDispatchMode):
+    """Remembers which operations ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_gpu_nothing_is_added_in_the_order_of_threads():
+    """Seen on ``meta`` tensors, which take the same path."""
+    meta = torch.device("meta")
+    rows, kept = torch.empty(1, 2, 100, 16, device=meta), torch.empty(1, 2, 50, 16, device=meta)
+    survivors = torch.empty(1, 2, 50, dtype=torch.int64, device=meta)
+    layer = Layer(rows, rows, kept, kept, Eviction(survivors, survivors, survivors.clone(), 100))
+    with Operations() as operations:
+        run(layer, merge_keys=True, merge_fraction=0.5, max_merge_per_token=2)
+    assert "segment_reduce" in operations.names
+    assert not operations.names & {"index_add_", "index_add", "scatter_add_", "scatter_add", "index_put_", "bincount"}

@@ -14,6 +14,7 @@ from kernel_cases import Layer, evict, heads_of, layers, put_special_row, random
 
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels import match as match_module
+from kvpress_merging.kernels import rows as rows_module
 from kvpress_merging.kernels.match import Match, attention_match, naive_attention_match
 
 RIDGES = {"key_ridge": 0.1, "value_ridge": 0.1}
@@ -307,3 +308,15 @@ def test_it_runs_on_meta_tensors_of_a_long_context():
     assert match.keys.shape == match.values.shape == (1, 8, n_kept, 128)
     assert match.keys.dtype == torch.bfloat16
     assert match.is_fitted.device.type == match.error_after.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", ["shrunk", "ragged"])
+def test_sums_over_segments_are_those_of_plain_addition(kind, monkeypatch):
+    layer = redundant_layer(2, 3, 60, 20, kind=kind)
+    queries = queries_for(layer, 9)
+    expected = run(layer, queries)
+    for module in (match_module, rows_module):  # as where additions have no fixed order of their own
+        monkeypatch.setattr(module, "adds_by_segment", lambda device: True)
+    match = run(layer, queries)
+    torch.testing.assert_close(match.keys, expected.keys)
+    torch.testing.assert_close(match.values, expected.values)

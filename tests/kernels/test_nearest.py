@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from kernel_cases import (
     SPECIAL_ROWS,
     TILE_BYTES,
     Layer,
-    heads_of,
+    assert_nearest,
     layers,
     masked,
     put_special_row,
@@ -21,12 +20,10 @@ from kernel_cases import (
     random_rows,
     shrunk,
 )
-from oracle import cosines, nearest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.nearest import (
-    KERNELS,
     first_max,
     naive_nearest_survivors,
     nearest_survivors,
@@ -36,27 +33,6 @@ from kvpress_merging.kernels.nearest import (
 def search(layer: Layer, **options) -> tuple[torch.Tensor, torch.Tensor]:
     has_finite_value = layer.values.float().isfinite().all(dim=-1)
     return nearest_survivors(layer.keys, has_finite_value, layer.eviction, **options)
-
-
-def assert_nearest(layer: Layer, similarity: torch.Tensor, target: torch.Tensor) -> None:
-    """The oracle's survivor, or one whose cosine float32 cannot tell from it; never the later of two equal keys."""
-    assert similarity.dtype == torch.float32
-    assert target.dtype == torch.int64
-    assert similarity.shape == target.shape == layer.eviction.evicted.shape
-    for b, h, survivors, _, evicted in heads_of(layer.eviction):
-        keys, values = layer.keys[b, h].double().tolist(), layer.values[b, h].double().tolist()
-        assert (similarity[b, h, len(evicted) :] == -torch.inf).all()
-        for column, of_one in enumerate(cosines(keys, values, survivors, evicted)):
-            best, _ = nearest(of_one)
-            s, j = float(similarity[b, h, column]), int(target[b, h, column])
-            if best == -math.inf:
-                assert s == -math.inf
-                assert 0 <= j < max(1, len(survivors))
-                continue
-            assert s == pytest.approx(best, abs=1e-6)
-            assert of_one[j] == pytest.approx(best, abs=1e-6)
-            equal_keys = [k for k, p in enumerate(survivors) if keys[p] == keys[survivors[j]] and of_one[k] > -math.inf]
-            assert j == equal_keys[0]
 
 
 @settings(max_examples=100, deadline=None)
@@ -300,7 +276,7 @@ def test_search_runs_on_meta_tensors_of_131072_tokens(is_ragged):
     ("options", "message"),
     [
         ({"tile_bytes": 0}, "tile_bytes must be at least 1, got 0"),
-        ({"kernel": "cuda"}, "kernel must be one of 'auto', 'torch', got 'cuda'"),
+        ({"kernel": "cuda"}, "kernel must be one of 'auto', 'torch', 'triton', got 'cuda'"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):
@@ -308,8 +284,8 @@ def test_options_out_of_range_are_named(options, message):
         search(random_layer(1, 1, 4, 2), **options)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_every_named_kernel_runs(kernel):
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+def test_kernels_for_a_cpu_run(kernel):
     layer = random_layer(1, 2, 30, 10)
     assert_nearest(layer, *search(layer, kernel=kernel))
 

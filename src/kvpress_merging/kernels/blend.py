@@ -14,13 +14,13 @@ from math import isfinite
 import torch
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels.nearest import (
+from kvpress_merging.kernels.nearest import naive_nearest_survivors, nearest_survivors
+from kvpress_merging.kernels.rows import (
     DEFAULT_TILE_BYTES,
+    add_rows_,
+    adds_by_segment,
     block_bytes,
-    gather_rows,
     head_blocks,
-    naive_nearest_survivors,
-    nearest_survivors,
     row_norms,
 )
 
@@ -78,9 +78,9 @@ def cosine_blend(
     ``value_norm_weighting``; then ``v'_j = (v_j + sum_i w_i v_i) / (1 + sum_i w_i)`` over the i that go to j. For one
     merge alone, ``|v_i - v'_j| = |v_i - v_j| / (1 + w_i)``.
 
-    All arithmetic is in float32. A survivor that takes nothing keeps its bits. Nothing is read back from the device. On
-    the CPU the same input gives the same bits on every run; CUDA adds what one survivor takes in any order, unless
-    ``torch.use_deterministic_algorithms`` is on. No gradient flows through.
+    All arithmetic is in float32. A survivor that takes nothing keeps its bits. Nothing is read back from the device.
+    The same input gives the same bits on every run: what one survivor takes is added in the order of positions (as for
+    the search, see :func:`nearest_survivors`). No gradient flows through.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ def cosine_blend(
     tile_bytes : int
         Most bytes that one tile of cosines takes.
     kernel : str
-        How to search: ``"auto"`` or ``"torch"``.
+        How to search: one of :data:`kvpress_merging.kernels.nearest.KERNELS`.
 
     Returns
     -------
@@ -114,7 +114,7 @@ def cosine_blend(
     Raises
     ------
     ValueError
-        If ``tile_bytes`` is below 1 or ``kernel`` is unknown.
+        If ``tile_bytes`` is below 1, or ``kernel`` is unknown or cannot run on these tensors.
     """
     value_norm = row_norms(values)
     similarity, target = nearest_survivors(keys, value_norm.isfinite(), eviction, tile_bytes=tile_bytes, kernel=kernel)
@@ -266,17 +266,24 @@ def _weighted_means(
             continue
         # What merges nowhere goes to one row more than there are slots: it may not be finite.
         n_rows = len(kept) * n_slots
+        k_len = rows.shape[2]
         flat_weight = weight[b, heads, :n_evicted].reshape(-1)
         first_row = torch.arange(0, n_rows, n_slots, device=rows.device)[:, None]
         to_row = (slot[b, heads, :n_evicted] + first_row).view(-1).masked_fill_(flat_weight == 0, n_rows)
-        total = torch.zeros(n_rows + 1, dtype=torch.float32, device=rows.device).index_add_(0, to_row, flat_weight)
+        first_position = torch.arange(0, len(kept) * k_len, k_len, device=rows.device)[:, None]
+        position = (eviction.evicted[b, heads, :n_evicted] + first_position).view(-1)
+        if adds_by_segment(rows.device):
+            to_row, order = to_row.sort(stable=True)
+            flat_weight, position = flat_weight[order], position[order]
+        total = torch.zeros(n_rows + 1, dtype=torch.float32, device=rows.device)
+        add_rows_(total, to_row, flat_weight)
         own_share = 1 / (1 + total)
         share = own_share[to_row].mul_(flat_weight)
 
-        evicted = gather_rows(rows[b, heads], eviction.evicted[b, heads, :n_evicted]).float().view(-1, head_dim)
+        evicted = rows[b, heads].reshape(-1, head_dim).index_select(0, position).float()
         mean = torch.empty(n_rows + 1, head_dim, dtype=torch.float32, device=rows.device)
         torch.mul(kept, own_share[:-1].view(*kept.shape[:2], 1), out=mean[:-1].view(kept.shape))
-        mean.index_add_(0, to_row, evicted.mul_(share[:, None]))
+        add_rows_(mean, to_row, evicted.mul_(share[:, None]))
         # Shares add up to 1 but for rounding, which must not push the largest float32 over the edge.
         mean = mean[:-1].clamp_(-limit, limit).view(kept.shape).to(kept.dtype)
         torch.where((total[:-1] > 0).view(*kept.shape[:2], 1), mean, kept, out=blended[b, heads])

@@ -15,7 +15,14 @@ import torch
 
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.nearby import naive_nearest_nearby, nearest_nearby
-from kvpress_merging.kernels.nearest import block_bytes, gather_rows, head_blocks, scatter_rows
+from kvpress_merging.kernels.rows import (
+    add_rows_,
+    adds_by_segment,
+    block_bytes,
+    gather_rows,
+    head_blocks,
+    scatter_rows,
+)
 
 # Attention below this share is nothing: it keeps logarithms of what is not attended to from running away.
 _LEAST_MASS = 1e-30
@@ -189,7 +196,7 @@ def _fit(
     tuple of torch.Tensor
         Keys, values, whether the fit is better than eviction, and the relative errors of eviction and of the fit.
     """
-    n_heads, n_survivors, _ = kept_keys.shape
+    n_survivors = kept_keys.shape[1]
 
     # Positions run along rows, queries along columns, so that rows can be gathered and added. In place where it can be:
     # on a CPU most of the time goes into passes over these matrices.
@@ -214,9 +221,7 @@ def _fit(
         moment = _second_moment(queries, key_ridge)
         target = nearest_nearby(keys[:, :n_survivors], keys[:, n_survivors:], place, moment)
         factor = _cholesky(_second_moment(kept_queries, key_ridge) if keys_rewritten else moment)
-        first_row = torch.arange(0, n_heads * n_survivors, n_survivors, device=place.device)[:, None]
-        growth = kept_mass + _LEAST_MASS
-        growth.view(n_heads * n_survivors, -1).index_add_(0, (target + first_row).view(-1), lost_mass.flatten(0, 1))
+        growth = _mass_with_neighbours(kept_mass, lost_mass, target)
         growth.div_(mass + _LEAST_MASS).log_()
         smoother = torch.cholesky_solve(kept_queries.transpose(1, 2), factor)  # head_dim x n_queries
         shift = torch.bmm(growth, smoother.transpose(1, 2))
@@ -243,6 +248,21 @@ def _fit(
     # False where either is not a number.
     is_better = error_of_fit < _MOST_ERROR * error_of_eviction
     return shifted_keys, fitted_values, is_better, error_of_eviction / scale, error_of_fit / scale
+
+
+def _mass_with_neighbours(kept_mass: torch.Tensor, lost_mass: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The survivors' mass, shape ``(n_heads, n_survivors, n_queries)``, with what is counted to each, and never 0."""
+    n_heads, n_survivors, n_queries = kept_mass.shape
+    first_row = torch.arange(0, n_heads * n_survivors, n_survivors, device=target.device)[:, None]
+    to_row, lost = (target + first_row).view(-1), lost_mass.reshape(-1, n_queries)
+    if adds_by_segment(target.device):
+        to_row, order = to_row.sort(stable=True)
+        lost = lost[order]
+    sums = kept_mass.new_empty(n_heads * n_survivors + 1, n_queries)
+    mass = sums[:-1].view(kept_mass.shape)
+    torch.add(kept_mass, _LEAST_MASS, out=mass)
+    add_rows_(sums, to_row, lost)
+    return mass
 
 
 def naive_attention_match(

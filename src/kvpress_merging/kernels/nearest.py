@@ -10,124 +10,28 @@ in a few lines, with the whole matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import isqrt, prod
+from importlib.util import find_spec
+from math import ceil, isqrt, prod
 
 import torch
 import torch.nn.functional as F
 
 from kvpress_merging.eviction import Eviction
+from kvpress_merging.kernels.products import ScaledKeys, full_precision, products
+from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, head_blocks, row_norms, stand_ins
 
-DEFAULT_TILE_BYTES = 64 * 2**20
-"""Most bytes that one tile of cosines takes, unless told otherwise."""
+KERNELS = ("auto", "torch", "triton")
+"""
+The allowed values of ``kernel``: ``"torch"`` holds one tile of cosines at a time, ``"triton"`` none (see
+``nearest_triton.py``). ``"auto"`` takes the second on CUDA, where it is there and agrees with the first.
+"""
 
-KERNELS = ("auto", "torch")
-"""The allowed values of ``kernel``."""
-
-# On a CPU, blocks that its last cache holds until they have been worked on. Measured on two cores at 16,384 tokens:
-# from 32 MiB on, reducing a tile costs more; the smaller the tile, the more threads wait for each other, on a busy
-# machine most.
-_CPU_BLOCK_BYTES = 16 * 2**20
 # BLAS rounds the last rows and columns of a product differently where they do not fill a vector register. Whole groups
-# of 16 (one AVX-512 register of float32) along both sides, and of 8 along head_dim, give each pair of keys the same
-# cosine wherever it stands in the tile and whatever the tile: equal keys then tie exactly.
+# of 16 (one AVX-512 register of float32) along both sides, and of 8 along head_dim (see products.py), give each pair of
+# keys the same cosine wherever it stands in the tile and whatever the tile: equal keys then tie exactly.
 _SIDE_MULTIPLE = 16
-_HEAD_DIM_MULTIPLE = 8
 # Survivors reduced at once on a CPU: enough groups to share among the cores, few enough candidates for a second round.
 _POOL = 64
-
-
-def block_bytes(device: torch.device, most: int = DEFAULT_TILE_BYTES) -> int:
-    """Bytes of float32 to work on at once: ``most``, or what stays in a CPU's caches if that is less."""
-    return min(most, _CPU_BLOCK_BYTES) if device.type == "cpu" else most
-
-
-def head_blocks(eviction: Eviction, heads_per_block: int) -> Iterator[tuple[int, slice, int, int]]:
-    """
-    Walk an eviction in blocks of heads that agree in how many positions they kept and evicted.
-
-    Parameters
-    ----------
-    eviction : Eviction
-        What to walk. A ragged one is walked head by head, so that nobody computes on padding.
-    heads_per_block : int
-        Most heads in a block of an even eviction.
-
-    Yields
-    ------
-    tuple of (int, slice, int, int)
-        Batch row, heads, number of survivors and number of evicted positions of each of these heads.
-    """
-    bsz, num_key_value_heads, n_survivors = eviction.survivors.shape
-    if eviction.counts is not None:
-        for row, (n_survivors, n_evicted) in enumerate(eviction.counts):
-            b, h = divmod(row, num_key_value_heads)
-            yield b, slice(h, h + 1), n_survivors, n_evicted
-        return
-    for b in range(bsz):
-        for h in range(0, num_key_value_heads, heads_per_block):
-            yield b, slice(h, min(h + heads_per_block, num_key_value_heads)), n_survivors, eviction.evicted.shape[-1]
-
-
-def gather_rows(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """
-    Rows by position, for each head.
-
-    Copies whole rows, where ``torch.gather`` would look up an index for each number (30 times slower on a CPU).
-
-    Parameters
-    ----------
-    rows : torch.Tensor
-        Shape ``(n_heads, k_len, head_dim)``.
-    positions : torch.Tensor
-        int64, shape ``(n_heads, n)``.
-
-    Returns
-    -------
-    torch.Tensor
-        New tensor of shape ``(n_heads, n, head_dim)`` in the dtype of ``rows``.
-    """
-    n_heads, k_len, head_dim = rows.shape
-    first_row = torch.arange(0, n_heads * k_len, k_len, device=rows.device)[:, None]
-    flat = rows.reshape(-1, head_dim).index_select(0, (positions + first_row).view(-1))
-    return flat.view(*positions.shape, head_dim)
-
-
-def scatter_rows(rows: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> None:
-    """
-    Overwrite rows by position, for each head, in place: the inverse of :func:`gather_rows`.
-
-    Parameters
-    ----------
-    rows : torch.Tensor
-        Shape ``(n_heads, k_len, head_dim)``, contiguous.
-    positions : torch.Tensor
-        int64, shape ``(n_heads, n)``, none twice within a head.
-    new : torch.Tensor
-        Shape ``(n_heads, n, head_dim)``, in the dtype of ``rows``.
-    """
-    n_heads, k_len, head_dim = rows.shape
-    first_row = torch.arange(0, n_heads * k_len, k_len, device=rows.device)[:, None]
-    rows.view(-1, head_dim).index_copy_(0, (positions + first_row).view(-1), new.reshape(-1, head_dim))
-
-
-def row_norms(rows: torch.Tensor) -> torch.Tensor:
-    """
-    Euclidean norm of each row, in float64, where no square of a finite float32 overflows or vanishes.
-
-    Parameters
-    ----------
-    rows : torch.Tensor
-        Keys or values of one layer, shape ``(bsz, num_key_value_heads, k_len, head_dim)``, any float dtype.
-
-    Returns
-    -------
-    torch.Tensor
-        float64, shape ``(bsz, num_key_value_heads, k_len)``; finite exactly where the whole row is finite in float32.
-    """
-    if rows.dtype == torch.float64:
-        rows = rows.float()
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
 
 
 def naive_nearest_survivors(
@@ -173,8 +77,13 @@ def nearest_survivors(
     is not finite is never chosen; an evicted position whose key or value is not finite, and every position of a head
     without a survivor to choose, gets similarity -inf. Neither depends on the tile, beyond float32 rounding.
 
-    Needs, besides its result, a float32 copy of the survivors' keys of one head (of several where they are small) and
-    one tile. Reads nothing back from the device.
+    16-bit keys on CUDA are multiplied as they are and added up in float32, all others as float32 by IEEE's rules: the
+    user's settings for TF32 and the like change nothing (see ``products.py``).
+
+    Needs, besides its result, a copy of the survivors' keys of one head (of several where they are small) in the dtype
+    that is multiplied, and one tile. Reads nothing back from the device, but for the one small trial by which
+    ``"auto"`` decides on a kernel. The same input gives the same bits on every run, on CUDA as far as cuBLAS promises
+    it: on one kind of GPU, on one stream.
 
     Parameters
     ----------
@@ -200,41 +109,51 @@ def nearest_survivors(
     Raises
     ------
     ValueError
-        If ``tile_bytes`` is below 1 or ``kernel`` is not one of :data:`KERNELS`.
+        If ``tile_bytes`` is below 1, ``kernel`` is not one of :data:`KERNELS`, or it is ``"triton"`` where Triton
+        cannot run.
     """
     if tile_bytes < 1:
         raise ValueError(f"tile_bytes must be at least 1, got {tile_bytes}")
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r}")
+    if kernel == "triton":
+        _check_triton_runs(keys)
 
     norm = row_norms(keys)
     is_usable = norm.isfinite() & has_finite_value
-    root = norm.masked_fill_(norm == 0, 1.0).rsqrt_().float()
+    scaled = ScaledKeys.of(keys, norm)
     similarity = torch.full(eviction.evicted.shape, -torch.inf, dtype=torch.float32, device=keys.device)
     target = torch.zeros_like(eviction.evicted)
+    if eviction.n_survivors == 0 or eviction.n_evicted == 0:
+        return similarity, target
+
+    if kernel == "triton" or (kernel == "auto" and _triton_serves(keys)):
+        from kvpress_merging.kernels import nearest_triton
+
+        nearest_triton.search(scaled, is_usable, eviction, similarity, target, tile_bytes)
+        return similarity, target
 
     heads_per_block, _, _ = tile_shape(
         eviction.survivors.shape[-1], eviction.evicted.shape[-1], keys.device, tile_bytes
     )
-    for b, heads, n_survivors, n_evicted in head_blocks(eviction, heads_per_block):
-        if n_survivors == 0 or n_evicted == 0:
-            continue
-        _search(
-            keys[b, heads],
-            root[b, heads],
-            is_usable[b, heads],
-            eviction.survivors[b, heads, :n_survivors],
-            eviction.evicted[b, heads, :n_evicted],
-            similarity[b, heads, :n_evicted],
-            target[b, heads, :n_evicted],
-            tile_bytes,
-        )
+    with full_precision():
+        for b, heads, n_survivors, n_evicted in head_blocks(eviction, heads_per_block):
+            if n_survivors == 0 or n_evicted == 0:
+                continue
+            _search(
+                scaled.heads(b, heads),
+                is_usable[b, heads],
+                eviction.survivors[b, heads, :n_survivors],
+                eviction.evicted[b, heads, :n_evicted],
+                similarity[b, heads, :n_evicted],
+                target[b, heads, :n_evicted],
+                tile_bytes,
+            )
     return similarity, target
 
 
 def _search(
-    keys: torch.Tensor,
-    root: torch.Tensor,
+    scaled: ScaledKeys,
     is_usable: torch.Tensor,
     survivors: torch.Tensor,
     evicted: torch.Tensor,
@@ -245,43 +164,72 @@ def _search(
     """
     Search a block of heads, tile by tile, and write ``similarity`` and ``target`` in place.
 
-    Shapes are those of :func:`nearest_survivors` without the batch axis and without padding; ``root`` is one over the
-    square root of the keys' norms.
+    Shapes are those of :func:`nearest_survivors` without the batch axis and without padding.
     """
     n_heads, n_evicted = evicted.shape
     n_survivors = survivors.shape[-1]
-    _, n_rows, n_columns = tile_shape(n_survivors, n_evicted, keys.device, tile_bytes)
-    buffer = torch.empty(n_heads * n_rows * n_columns, dtype=torch.float32, device=keys.device)
+    _, n_rows, n_columns = tile_shape(n_survivors, n_evicted, evicted.device, tile_bytes)
+    buffer = torch.empty(n_heads * n_rows * n_columns, dtype=torch.float32, device=evicted.device)
 
-    # A survivor that must not be chosen stands in as a copy of the lowest one that may: the copy can only tie with it,
-    # and is read as the original below. Padding is made of the same copies. An evicted position that is not finite
-    # spoils its own column alone.
-    is_target = is_usable.gather(-1, survivors)
-    lowest = is_target.to(torch.uint8).argmax(dim=-1, keepdim=True)
-    origin = torch.where(is_target, torch.arange(n_survivors, device=keys.device), lowest)
-    origin = torch.cat([origin, lowest.expand(-1, -n_survivors % _SIDE_MULTIPLE)], dim=-1)
+    # An evicted position that is not finite spoils its own column alone.
+    origin, is_any = stand_ins(is_usable, survivors, _SIDE_MULTIPLE)
+    positions = survivors.gather(-1, origin)
+    blocks = scaled.rows(positions).split(n_rows, dim=1)
+    inverse_norms = scaled.inverse_norms(positions)
     queries = F.pad(evicted, (0, -n_evicted % _SIDE_MULTIPLE))
 
-    blocks = _unit_keys(keys, root, survivors.gather(-1, origin)).split(n_rows, dim=1)
-    best, index = [], []
-    for block_of_queries in queries.split(n_columns, dim=1):
-        query_keys = _unit_keys(keys, root, block_of_queries).transpose(1, 2)
-        best_of_groups, row_of_groups, n_before = [], [], 0
+    # Allocated once: with an allocation for each block, the C library's heap grew to ten times what was in use.
+    n_groups = sum(_n_groups(block.shape[1], evicted.device) for block in blocks)
+    best_buffer = torch.empty(n_heads * n_groups * n_columns, dtype=torch.float32, device=evicted.device)
+    row_buffer = torch.empty(n_heads * n_groups * n_columns, dtype=torch.int64, device=evicted.device)
+    best = torch.empty(queries.shape, dtype=torch.float32, device=evicted.device)
+    index = torch.empty_like(queries)
+    for i, block_of_queries in enumerate(queries.split(n_columns, dim=1)):
+        query_keys = scaled.rows(block_of_queries).transpose(1, 2)
+        width = query_keys.shape[2]
+        best_of_groups, row_of_groups = (
+            buffer_of[: n_heads * n_groups * width].view(n_heads, n_groups, width)
+            for buffer_of in (best_buffer, row_buffer)
+        )
+        n_before, group_before = 0, 0
         for block in blocks:
-            shape = (n_heads, block.shape[1], query_keys.shape[2])
-            tile = torch.bmm(block, query_keys, out=buffer[: prod(shape)].view(shape))
-            best_of_group, row_of_group = first_max(tile, _POOL)
-            best_of_groups.append(best_of_group)
-            row_of_groups.append(row_of_group + n_before if n_before else row_of_group)
-            n_before += block.shape[1]
-        all_best = torch.cat(best_of_groups, dim=1)
-        best_of_all, group = first_max(all_best, all_best.shape[1])
-        best.append(best_of_all[:, 0])
-        index.append(torch.cat(row_of_groups, dim=1).gather(1, group)[:, 0])
+            shape = (n_heads, block.shape[1], width)
+            tile = products(block, query_keys, out=buffer[: prod(shape)].view(shape))
+            if inverse_norms is not None:
+                tile.mul_(inverse_norms[:, n_before : n_before + block.shape[1], None])
+            best_of_block, row_of_block = first_max(tile, _POOL)
+            groups = slice(group_before, group_before + best_of_block.shape[1])
+            best_of_groups[:, groups] = best_of_block
+            torch.add(row_of_block, n_before, out=row_of_groups[:, groups])
+            n_before, group_before = n_before + block.shape[1], groups.stop
+        best_of_all, group = first_max(best_of_groups, n_groups)
+        columns = slice(i * n_columns, i * n_columns + width)
+        best[:, columns] = best_of_all[:, 0]
+        index[:, columns] = row_of_groups.gather(1, group)[:, 0]
 
-    is_found = is_usable.gather(-1, evicted) & is_target.gather(-1, lowest)
-    similarity.copy_(torch.cat(best, dim=-1)[:, :n_evicted].masked_fill(~is_found, -torch.inf))
-    target.copy_(origin.gather(-1, torch.cat(index, dim=-1)[:, :n_evicted]))
+    cosine = best[:, :n_evicted]
+    if (inverse_norms_of_queries := scaled.inverse_norms(evicted)) is not None:
+        cosine = cosine * inverse_norms_of_queries
+    similarity.copy_(cosine.masked_fill(~(is_usable.gather(-1, evicted) & is_any), -torch.inf))
+    target.copy_(origin.gather(-1, index[:, :n_evicted]))
+
+
+def _check_triton_runs(keys: torch.Tensor) -> None:
+    """Raise a ValueError that says why the Triton kernel cannot search these keys, if it cannot."""
+    if find_spec("triton") is None:
+        raise ValueError("kernel='triton' needs triton, which is not installed; use kernel='torch'")
+    from kvpress_merging.kernels import nearest_triton
+
+    nearest_triton.check_runs(keys.device, keys.shape[-1])
+
+
+def _triton_serves(keys: torch.Tensor) -> bool:
+    """Whether ``"auto"`` takes the Triton kernel. Triton is imported only where it may serve."""
+    if keys.device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from kvpress_merging.kernels.trial import serves
+
+    return serves(keys.device, keys.dtype, keys.shape[-1])
 
 
 def tile_shape(n_survivors: int, n_evicted: int, device: torch.device, tile_bytes: int) -> tuple[int, int, int]:
@@ -300,14 +248,9 @@ def tile_shape(n_survivors: int, n_evicted: int, device: torch.device, tile_byte
     return max(1, n_cosines // (n_rows * n_columns)), n_rows, n_columns
 
 
-def _unit_keys(keys: torch.Tensor, root: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Keys at these positions with norm 1, in float32, ``head_dim`` padded with zeros to ``_HEAD_DIM_MULTIPLE``."""
-    unit = gather_rows(keys, positions).float()
-    factor = root.gather(-1, positions)[..., None]
-    # Twice, since one over the norm itself may be too large or too small for float32.
-    unit.mul_(factor).mul_(factor)
-    n_missing = -unit.shape[-1] % _HEAD_DIM_MULTIPLE
-    return F.pad(unit, (0, n_missing)) if n_missing else unit
+def _n_groups(n_rows: int, device: torch.device) -> int:
+    """How many groups of rows :func:`first_max` makes of a tile of the search."""
+    return ceil(n_rows / _POOL) if device.type == "cpu" else 1
 
 
 def first_max(tile: torch.Tensor, rows_per_group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,215 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""Products of 16-bit keys as a GPU takes them, but worked out in float32, and what the user's settings change."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import TILE_BYTES, assert_nearest, layers, masked, random_layer, random_rows
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvpress_merging.kernels import nearest, products
+from kvpress_merging.kernels.nearest import nearest_survivors
+from kvpress_merging.kernels.products import ScaledKeys, full_precision
+from kvpress_merging.kernels.rows import row_norms
+
+SIXTEEN_BITS = [torch.float16, torch.bfloat16]
+
+
+@contextmanager
+def keys_as_on_cuda():
+    with mock.patch.object(products, "multiplies_16_bits", lambda device, dtype: dtype in SIXTEEN_BITS):
+        yield
+
+
+def search(layer, **options):
+    return nearest_survivors(layer.keys, layer.values.float().isfinite().all(dim=-1), layer.eviction, **options)
+
+
+def test_16_bit_keys_are_multiplied_as_they_are_on_cuda_alone():
+    on_cuda, on_cpu = torch.device("cuda"), torch.device("cpu")
+    for dtype in SIXTEEN_BITS:
+        assert products.multiplies_16_bits(on_cuda, dtype)
+        assert not products.multiplies_16_bits(on_cpu, dtype)
+    for dtype in (torch.float32, torch.float64):
+        assert not products.multiplies_16_bits(on_cuda, dtype)
+
+
+@settings(max_examples=80, deadline=None)
+@given(layer=layers(), tile_bytes=st.sampled_from(TILE_BYTES))
+def test_search_by_16_bit_products_finds_what_the_oracle_finds(layer, tile_bytes):
+    with keys_as_on_cuda():
+        assert_nearest(layer, *search(layer, tile_bytes=tile_bytes))
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_16_bit_products_are_as_exact_as_those_in_float32(dtype, head_dim):
+    layer = random_layer(1, 2, 300, 140, head_dim=head_dim, dtype=dtype, kind="ragged")
+    expected, _ = search(layer)
+    with keys_as_on_cuda():
+        similarity, _ = search(layer)
+    torch.testing.assert_close(similarity, expected, rtol=0, atol=4 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_keys_of_every_length_that_the_dtype_has_give_the_same_cosines(dtype):
+    """Unscaled, products of bfloat16 keys would reach 2^254 and 2^-266."""
+    limits = torch.finfo(dtype)
+    n = int(torch.tensor(limits.max).log2().floor()) - int(torch.tensor(limits.smallest_normal).log2())
+    signs = random_rows(1, 1, n, 64, seed=1).sign()
+    lengths = limits.smallest_normal * 2.0 ** torch.arange(n, dtype=torch.float64)
+    keys = (signs * lengths[:, None]).to(dtype)
+    assert keys.isfinite().all()
+    assert (keys != 0).all()
+    is_survivor = torch.arange(n).expand(1, 1, -1) % 2 == 0
+    plain = search(masked(signs, signs, is_survivor, ~is_survivor))
+    with keys_as_on_cuda():
+        scaled = search(masked(keys, signs, is_survivor, ~is_survivor))
+    torch.testing.assert_close(scaled[0], plain[0], rtol=0, atol=1e-6)
+
+
+def test_bfloat16_rows_are_multiplied_by_powers_of_two_into_a_safe_range():
+    keys = random_rows(1, 1, 260, 48, seed=2) * 2.0 ** torch.arange(-133.0, 127).double()[:, None]
+    keys = keys.clamp(-3e38, 3e38).bfloat16()
+    with keys_as_on_cuda():
+        scaled = ScaledKeys.of(keys, row_norms(keys))
+    mantissa, _ = torch.frexp(scaled.factor.float())
+    assert (mantissa == 0.5).all()
+    rows = scaled.heads(0, slice(0, 1)).rows(torch.arange(260)[None])
+    assert rows.dtype == torch.bfloat16
+    norms = rows.double().norm(dim=-1)
+    assert (norms >= 1 / 128).all()
+    assert (norms <= 64).all()
+    units = norms * scaled.inverse_norm[0]
+    torch.testing.assert_close(units, torch.ones_like(units), rtol=1e-6, atol=0)
+    exact = keys[0].double() * scaled.factor[0].double()[..., None]
+    torch.testing.assert_close(rows.double(), exact, rtol=0, atol=2.0**-134)
+
+
+def test_norms_are_taken_of_blocks_since_a_float64_copy_is_made_of_each():
+    with mock.patch.object(torch.linalg, "vector_norm", wraps=torch.linalg.vector_norm) as vector_norm:
+        row_norms(torch.zeros(1, 3, 9000, 128, dtype=torch.bfloat16))
+    assert max(8 * call.args[0].numel() for call in vector_norm.call_args_list) <= 4 * 2**20
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 9000, 128), (2, 3, 40, 16), (1, 2, 0, 8), (0, 2, 5, 8)])
+def test_norms_are_those_of_each_row(shape):
+    rows = random_rows(*shape, seed=0)
+    assert torch.equal(row_norms(rows), rows.double().norm(dim=-1))
+
+
+def test_zero_and_infinite_keys_leave_the_factors_of_others_alone():
+    keys = torch.ones(1, 1, 4, 16, dtype=torch.bfloat16)
+    keys[0, 0, 1], keys[0, 0, 2] = 0, torch.inf
+    with keys_as_on_cuda():
+        scaled = ScaledKeys.of(keys, row_norms(keys))
+    rows = scaled.heads(0, slice(0, 1)).rows(torch.arange(4)[None])[0]
+    assert (rows[1] == 0).all()
+    assert torch.equal(rows[0], rows[3])
+    assert scaled.inverse_norm[0, 0, [0, 1, 3]].isfinite().all()
+
+
+class Operations(TorchDispatchMode):
+    """Remembers which operations ran, and the largest float32 tensor with ``head_dim`` columns that any made."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.head_dim, self.names, self.has_float32_keys = head_dim, set(), False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.add(str(func))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.shape[-1:] == (self.head_dim,):
+            self.has_float32_keys = True
+        return out
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_on_a_gpu_no_key_is_converted_to_float32(dtype):
+    """Seen on ``meta`` tensors, which take the same path."""
+    survivors = torch.empty(1, 2, 500, dtype=torch.int64, device="meta")
+    eviction = nearest.Eviction(survivors, survivors, torch.empty_like(survivors), 1000)
+    keys = torch.empty(1, 2, 1000, 96, dtype=dtype, device="meta")
+    with Operations(head_dim=96) as operations:
+        nearest_survivors(keys, torch.empty(1, 2, 1000, dtype=torch.bool, device="meta"), eviction)
+    assert "aten.bmm.dtype_out" in operations.names
+    assert "aten.bmm.out" not in operations.names
+    assert not operations.has_float32_keys
+
+
+def float32_settings() -> tuple:
+    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = "refused"
+    return cuda.fp32_precision, mkldnn.fp32_precision, cuda.allow_fp16_accumulation, older
+
+
+def set_cuda_by_the_older_name():
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def set_cuda():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def set_cpu():
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+def set_float16_sums():
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+
+
+@pytest.mark.parametrize(
+    "allow_fewer_bits",
+    [
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: torch.set_float32_matmul_precision("medium"),
+        set_cuda_by_the_older_name,
+        set_cuda,
+        set_cpu,
+        set_float16_sums,
+    ],
+)
+def test_what_the_user_allows_for_products_elsewhere_is_off_during_the_search_and_on_again_after_it(allow_fewer_bits):
+    before = float32_settings()
+    within = []
+
+    def watched(rows, columns, out):
+        # A consistent state: PyTorch refuses to multiply where its older and newer settings disagree.
+        assert not torch.backends.cuda.matmul.allow_tf32
+        within.append(float32_settings())
+        return torch.bmm(rows, columns, out=out)
+
+    try:
+        allow_fewer_bits()
+        allowed = float32_settings()
+        assert allowed != before
+        with mock.patch.object(nearest, "products", watched):
+            search(random_layer(1, 1, 50, 20))
+        assert float32_settings() == allowed
+        with pytest.raises(ZeroDivisionError), full_precision():
+            raise ZeroDivisionError
+        assert float32_settings() == allowed
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    assert within
+    assert set(within) == {("ieee", "ieee", False, "highest")}
+    assert float32_settings() == before
+
+
+def test_settings_that_ask_for_nothing_less_are_not_touched():
+    before = float32_settings()
+    with full_precision():
+        assert float32_settings() == before
