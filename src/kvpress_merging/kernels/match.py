@@ -24,10 +24,8 @@ from kvpress_merging.kernels.rows import (
     scatter_rows,
 )
 
-# Attention below this share is nothing: it keeps logarithms of what is not attended to from running away.
-_LEAST_MASS = 1e-30
-# No key is asked to attract more than exp(this) times its own attention.
-_MOST_GROWTH = 20.0
+# Attention below this share is nothing: no key is asked to attract more than the reciprocal of it times its own.
+_LEAST_MASS = 1e-20
 # Share of eviction's error that a fit may leave on queries left out: what few queries say of others is uncertain.
 _MOST_ERROR = 0.8
 # No query is taken to decide its own fit by more than all but this: it bounds what leaving it out divides by.
@@ -200,11 +198,8 @@ def _fit(
 
     # Positions run along rows, queries along columns, so that rows can be gathered and added. In place where it can be:
     # on a CPU most of the time goes into passes over these matrices.
-    mass = torch.bmm(keys, queries.transpose(1, 2))
-    largest = mass.amax(dim=1, keepdim=True)
-    mass.sub_(largest).exp_()
-    share = mass.sum(dim=1, keepdim=True).reciprocal_()
-    mass.mul_(share)
+    logits = torch.bmm(keys, queries.transpose(1, 2))
+    mass = logits.softmax(dim=1)
     kept_mass, lost_mass = mass[:, :n_survivors], mass[:, n_survivors:]
     residual = torch.bmm(lost_mass.transpose(1, 2), evicted_values)
     output = torch.baddbmm(residual, kept_mass.transpose(1, 2), kept_values)
@@ -212,7 +207,7 @@ def _fit(
     # What the survivors have without a fit, as the press left their keys.
     mass = kept_mass
     if keys_rewritten:
-        mass = torch.bmm(kept_keys, kept_queries.transpose(1, 2)).sub_(largest).exp_().mul_(share)
+        mass = torch.bmm(kept_keys, kept_queries.transpose(1, 2)).sub_(logits.logsumexp(dim=1, keepdim=True)).exp_()
         residual = torch.baddbmm(output, mass.transpose(1, 2), kept_values, alpha=-1)
     error_of_eviction = _squared_error(residual, mass, output)
 
@@ -230,7 +225,7 @@ def _fit(
         leverage = (kept_queries * smoother.transpose(1, 2)).sum(dim=-1, keepdim=True)
         weight = 1 / (1 - leverage).clamp_(min=_LEAST_FREEDOM)
         growth.mul_((1 - weight).transpose(1, 2)).baddbmm_(shift, (kept_queries * weight).transpose(1, 2))
-        mass = growth.clamp_(-_MOST_GROWTH, _MOST_GROWTH).exp_().mul_(mass)
+        mass = growth.exp_().mul_(mass)
         residual = torch.baddbmm(output, mass.transpose(1, 2), kept_values, alpha=-1)
 
     gram = torch.bmm(mass.transpose(1, 2), mass)
@@ -318,7 +313,7 @@ def naive_attention_match(
                 others = torch.arange(len(q)) != r
                 gram = kept_q[others].T @ kept_q[others]
                 others_say.append(kept_q[r] @ torch.linalg.solve(gram + ridge, kept_q[others].T @ growth[others]))
-            mass = mass * torch.stack(others_say).clamp(-_MOST_GROWTH, _MOST_GROWTH).exp()
+            mass = mass * torch.stack(others_say).exp()
 
         residual = output - mass @ old_values
 
