@@ -27,7 +27,7 @@ from kvpress_merging.kernels.rows import (
 # Attention below this share is nothing: no key is asked to attract more than the reciprocal of it times its own.
 _LEAST_MASS = 1e-20
 # Share of eviction's error that a fit may leave on queries left out: what few queries say of others is uncertain.
-_MOST_ERROR = 0.8
+_MOST_ERROR = 0.5
 # No query is taken to decide its own fit by more than all but this: it bounds what leaving it out divides by.
 _LEAST_FREEDOM = 1e-3
 
@@ -86,7 +86,7 @@ def attention_match(
        regression towards the values that were there.
     3. *do no harm*. Both steps know in closed form what they would say of a query that they had not seen (leave one
        out). ``A`` is made of such logits, and a head takes the fit only if the squared error of output and mass over
-       queries left out is clearly (a fifth) below eviction's.
+       queries left out is at most half of eviction's.
 
     All arithmetic is in float32; systems are solved by Cholesky factorization. Nothing is read back from the device.
     Whatever is not finite leaves its head as eviction left it. Linear in the context.
