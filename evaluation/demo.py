@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""Compare full cache, eviction and merging on a real text, and show the result as a table, a file and a plot."""
+"""Compare full cache, eviction, merging and re-fitting on a real text: as a table, a file and a plot."""
 
 from __future__ import annotations
 
@@ -34,13 +34,20 @@ from evaluation.cli import fail, parse_config
 from evaluation.fidelity import Fidelity, measure_fidelity, measure_reference
 from evaluation.models import BUILT_IN_MODEL, ModelUnavailableError, load_model
 from evaluation.text import Window, cut_windows, read_text
-from kvpress_merging import MergingPress, __version__
+from kvpress_merging import AttentionMatchingPress, MergingPress, __version__
 
 PRESSES: dict[str, Callable[[float], BasePress]] = {
     "Knorm": KnormPress,
     "ExpectedAttention": ExpectedAttentionPress,
     "SnapKV": SnapKVPress,
 }
+METHODS: dict[str, Callable[[BasePress], BasePress]] = {
+    "evicted": lambda press: press,
+    "merged": MergingPress,
+    "matched": AttentionMatchingPress,
+}
+"""What becomes of what a press evicts."""
+
 COMPRESSION_RATIOS = (0.5, 0.75)
 """The ratios measured; the needle question is asked at the first."""
 
@@ -49,7 +56,8 @@ NEEDLE_CONTEXT_LENGTH = 800
 NEEDLE_QUESTION = "\n\nWhich number opens the blue locker at the harbour? Answer with the number."
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart.
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#555555"
+STYLES = {"evicted": ("#555555", "o"), "merged": ("#0072B2", "D"), "matched": ("#009E73", "s")}
+"""Colour and marker of each method in the plot."""
 
 
 @dataclass
@@ -86,7 +94,7 @@ class DemoConfig:
 @dataclass(frozen=True)
 class Comparison:
     """
-    A press alone and with merging, at one ratio, over the same windows.
+    A press alone, with merging and with a re-fit, at one ratio, over the same windows.
 
     Parameters
     ----------
@@ -94,24 +102,21 @@ class Comparison:
         Name of the inner press.
     compression_ratio : float
         Share of the cache that it evicts.
-    evicted, merged : list[Fidelity]
-        One per window, of the bare press and of ``MergingPress`` around it.
+    results : dict of str to list[Fidelity]
+        For each of ``METHODS``, one per window.
     """
 
     press: str
     compression_ratio: float
-    evicted: list[Fidelity]
-    merged: list[Fidelity]
+    results: dict[str, list[Fidelity]] = field(default_factory=lambda: {method: [] for method in METHODS})
 
-    @property
-    def kl_change(self) -> float:
-        """Change of the mean KL divergence by merging, in percent; below 0, merging is nearer to the full cache."""
-        return _change(_mean(self.merged, "kl"), _mean(self.evicted, "kl"))
+    def kl_change(self, method: str) -> float:
+        """Change of the mean KL divergence against eviction, in percent; below 0, it is nearer to the full cache."""
+        return _change(_mean(self.results[method], "kl"), _mean(self.results["evicted"], "kl"))
 
-    @property
-    def kl_change_per_window(self) -> list[float]:
+    def kl_change_per_window(self, method: str) -> list[float]:
         """The same for each window."""
-        return [_change(merged.kl, evicted.kl) for merged, evicted in zip(self.merged, self.evicted)]
+        return [_change(after.kl, before.kl) for after, before in zip(self.results[method], self.results["evicted"])]
 
     @property
     def label(self) -> str:
@@ -143,7 +148,8 @@ def main(argv: Sequence[str]) -> None:
         context, number = hide_needle(text, tokenizer, config.seed)
     except (ModelUnavailableError, OSError, ValueError) as error:
         fail(f"python -m evaluation demo: {error}")
-    n_steps = len(windows) * (1 + 2 * len(PRESSES) * len(COMPRESSION_RATIOS)) + 1 + 2 * len(PRESSES)
+    n_presses = len(METHODS) * len(PRESSES)
+    n_steps = len(windows) * (1 + n_presses * len(COMPRESSION_RATIOS)) + 1 + n_presses
     with tqdm(total=n_steps, desc="demo", unit="run", disable=config.quiet) as progress:
         comparisons = compare(model, windows, progress)
         answers = ask_needle(model, tokenizer, context, number, progress)
@@ -161,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
 
 def compare(model: PreTrainedModel, windows: Sequence[Window], progress: tqdm) -> list[Comparison]:
     """
-    Measure every press at every ratio, bare and merged, on every window.
+    Measure every press at every ratio, by each method, on every window.
 
     Parameters
     ----------
@@ -177,16 +183,16 @@ def compare(model: PreTrainedModel, windows: Sequence[Window], progress: tqdm) -
     list[Comparison]
         In the order of ``PRESSES``, then of ``COMPRESSION_RATIOS``.
     """
-    comparisons = [Comparison(name, ratio, [], []) for name in PRESSES for ratio in COMPRESSION_RATIOS]
+    comparisons = [Comparison(name, ratio) for name in PRESSES for ratio in COMPRESSION_RATIOS]
     # The first prefill of a process pays for allocations and thread pools; no press should be charged for that.
     measure_reference(model, windows[0])
     for window in windows:
         reference = measure_reference(model, window)
         progress.update()
         for comparison in comparisons:
-            for wrap, results in ((lambda press: press, comparison.evicted), (MergingPress, comparison.merged)):
+            for method, wrap in METHODS.items():
                 press = wrap(PRESSES[comparison.press](comparison.compression_ratio))
-                results.append(measure_fidelity(model, press, reference))
+                comparison.results[method].append(measure_fidelity(model, press, reference))
                 progress.update()
     return comparisons
 
@@ -223,13 +229,13 @@ def hide_needle(text: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> tup
 def ask_needle(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: str, number: str, progress: tqdm
 ) -> list[NeedleAnswer]:
-    """Ask for the needle with the full cache, then with each press at the first ratio, bare and merged."""
+    """Ask for the needle with the full cache, then with each press at the first ratio, by each method."""
     generate = pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer)  # type: ignore[call-overload]
     ratio = COMPRESSION_RATIOS[0]
     presses: dict[str, BasePress | None] = {"full cache": None}
     for name, press_class in PRESSES.items():
-        presses[f"{name} {ratio:g}"] = press_class(ratio)
-        presses[f"{name} {ratio:g}, merged"] = MergingPress(press_class(ratio))
+        for method, wrap in METHODS.items():
+            presses[f"{name} {ratio:g}, {method}"] = wrap(press_class(ratio))
     answers = []
     for name, press in presses.items():
         answer = generate(context, question=NEEDLE_QUESTION, press=press, max_new_tokens=24)["answer"]
@@ -270,12 +276,15 @@ def describe(
             {
                 "press": comparison.press,
                 "compression_ratio": comparison.compression_ratio,
-                "kl_evicted": _mean(comparison.evicted, "kl"),
-                "kl_merged": _mean(comparison.merged, "kl"),
-                "kl_change_percent": comparison.kl_change,
-                "kl_change_percent_per_window": comparison.kl_change_per_window,
-                "evicted": [asdict(fidelity) for fidelity in comparison.evicted],
-                "merged": [asdict(fidelity) for fidelity in comparison.merged],
+                "methods": {
+                    method: {
+                        "kl": _mean(results, "kl"),
+                        "kl_change_percent": comparison.kl_change(method),
+                        "kl_change_percent_per_window": comparison.kl_change_per_window(method),
+                        "windows": [asdict(fidelity) for fidelity in results],
+                    }
+                    for method, results in comparison.results.items()
+                },
             }
             for comparison in comparisons
         ],
@@ -289,10 +298,10 @@ def describe(
 
 def show(comparisons: Sequence[Comparison], answers: Sequence[NeedleAnswer], number: str) -> None:
     """Print the comparison as a table, what it comes to in one line, and what the model answered."""
-    full = comparisons[0].evicted
+    full = comparisons[0].results["evicted"]
     table = Table(
         title=f"Distance from the full cache (windows: {len(full)})",
-        caption="KL and NLL: nats per token, mean. change: of KL by merging, below 0 is nearer.\n"
+        caption="KL and NLL: nats per token, mean. change: of KL against eviction, below 0 is nearer.\n"
         "seconds: of the prefill, median.",
         box=box.HORIZONTALS,
         pad_edge=False,
@@ -305,22 +314,20 @@ def show(comparisons: Sequence[Comparison], answers: Sequence[NeedleAnswer], num
     table.add_row("none", "full", _megabytes(full[0].cache_bytes_full), "0", "", f"{nll:.3f}", f"{seconds:.2f}")
     for comparison in comparisons:
         table.add_section()
-        change = comparison.kl_change
-        coloured = f"[{'green' if change < 0 else 'red'}]{change:+.1f} %[/]"
-        for cells, results in (
-            ((comparison.label, "evicted", ""), comparison.evicted),
-            (("", "merged", coloured), comparison.merged),
-        ):
+        for method, results in comparison.results.items():
+            change = comparison.kl_change(method)
             table.add_row(
-                *cells[:2],
+                comparison.label if method == "evicted" else "",
+                method,
                 _megabytes(results[0].cache_bytes),
                 f"{_mean(results, 'kl'):.4f}",
-                cells[2],
+                "" if method == "evicted" else f"[{'green' if change < 0 else 'red'}]{change:+.1f} %[/]",
                 f"{_mean(results, 'nll'):.3f}",
                 f"{_median(results, 'prefill_seconds'):.2f}",
             )
     Console().print(table)
-    print(verdict(comparisons))
+    for method, what in (("merged", "Merging"), ("matched", "Re-fitting")):
+        print(verdict(comparisons, method, what))
 
     print(f"\nNeedle: the context says {number}. Asked: {NEEDLE_QUESTION.strip()}")
     width = max(len(answer.cache) for answer in answers)
@@ -328,12 +335,12 @@ def show(comparisons: Sequence[Comparison], answers: Sequence[NeedleAnswer], num
         print(f"  {answer.cache:{width}}  {'found ' if answer.found else 'missed'}  {' '.join(answer.answer.split())}")
 
 
-def verdict(comparisons: Sequence[Comparison]) -> str:
-    """One line: where merging brought the model nearer to the full cache, and where it did not."""
-    nearer = [comparison.label for comparison in comparisons if comparison.kl_change < 0]
-    not_nearer = [comparison.label for comparison in comparisons if comparison.kl_change >= 0]
+def verdict(comparisons: Sequence[Comparison], method: str, what: str) -> str:
+    """One line: where a method brought the model nearer to the full cache, and where it did not."""
+    nearer = [comparison.label for comparison in comparisons if comparison.kl_change(method) < 0]
+    not_nearer = [comparison.label for comparison in comparisons if comparison.kl_change(method) >= 0]
     return (
-        f"Merging lowered KL in {len(nearer)} of {len(comparisons)} comparisons"
+        f"{what} lowered KL in {len(nearer)} of {len(comparisons)} comparisons"
         + (f" ({', '.join(nearer)})" if nearer else "")
         + (f", and did not for {', '.join(not_nearer)}." if not_nearer else ".")
     )
@@ -353,26 +360,27 @@ def plot(comparisons: Sequence[Comparison], subtitle: str, file: Path) -> None:
         Where the PNG goes.
     """
     # A figure of its own rather than pyplot's: no global backend to choose, and it works where there is no display.
-    figure = Figure(figsize=(12, 0.75 * len(comparisons) + 1.8), layout="constrained")
+    figure = Figure(figsize=(12, len(comparisons) + 1.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for row, comparison in enumerate(comparisons):
-        for offset, results, colour, marker in (
-            (-0.17, comparison.evicted, GREY, "o"),
-            (0.17, comparison.merged, BLUE, "D"),
-        ):
+        for offset, (method, results) in zip((-0.27, 0.0, 0.27), comparison.results.items()):
+            place, (colour, marker) = row + offset, STYLES[method]
             values = [fidelity.kl for fidelity in results]
-            left.plot(values, [row + offset] * len(values), marker, color=colour, alpha=0.45, markersize=6, mew=0)
+            left.plot(values, [place] * len(values), marker, color=colour, alpha=0.45, markersize=6, mew=0)
             mean = statistics.fmean(values)
-            left.plot([mean, mean], [row + offset - 0.15, row + offset + 0.15], color=colour, linewidth=3)
-            place = (max(values), row + offset)
-            left.annotate(f"{mean:.3f}", place, (8, 0), textcoords="offset points", va="center", color=colour)
-        change = comparison.kl_change
-        colour = BLUE if change < 0 else ORANGE
-        right.barh(row, change, height=0.5, color=colour, alpha=0.55, hatch="" if change < 0 else "//", zorder=1)
-        windows = comparison.kl_change_per_window
-        right.plot(windows, [row] * len(windows), "o", color="black", markersize=5, mew=0, zorder=2)
-        outermost = max([*windows, change, 0.0])
-        right.annotate(f"{change:+.1f} %", (outermost, row), (8, 0), textcoords="offset points", va="center")
+            left.plot([mean, mean], [place - 0.12, place + 0.12], color=colour, linewidth=3)
+            left.annotate(
+                f"{mean:.3f}", (max(values), place), (8, 0), textcoords="offset points", va="center", color=colour
+            )
+            if method == "evicted":
+                continue
+            change = comparison.kl_change(method)
+            hatch = "" if change < 0 else "//"
+            right.barh(place, change, height=0.25, color=colour, alpha=0.55, hatch=hatch, zorder=1)
+            windows = comparison.kl_change_per_window(method)
+            right.plot(windows, [place] * len(windows), marker, color="black", markersize=4, mew=0, zorder=2)
+            outermost = max([*windows, change, 0.0])
+            right.annotate(f"{change:+.1f} %", (outermost, place), (8, 0), textcoords="offset points", va="center")
     left.set_xscale("log")
     left.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     left.xaxis.set_minor_locator(NullLocator())
@@ -380,18 +388,19 @@ def plot(comparisons: Sequence[Comparison], subtitle: str, file: Path) -> None:
     left.set_yticks(range(len(comparisons)), [comparison.label for comparison in comparisons])
     left.invert_yaxis()
     left.set_xlabel("KL divergence from the full cache, nats per token (left is better)")
-    left.set_title("Eviction alone and with merging")
-    left.plot([], [], "o", color=GREY, label="evicted")
-    left.plot([], [], "D", color=BLUE, label="merged")
+    left.set_title("Eviction alone, with merging, with a re-fit")
+    for method, (colour, marker) in STYLES.items():
+        left.plot([], [], marker, color=colour, label=method)
     left.plot([], [], color="black", linewidth=3, label="mean of the windows")
-    left.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3, frameon=False)
+    left.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=4, frameon=False)
     right.axvline(0, color="black", linewidth=1)
-    right.set_xlabel("change of KL by merging, % (left is better)")
-    right.set_title("What merging changes")
+    right.set_xlabel("change of KL against eviction, % (left is better)")
+    right.set_title("What merging and re-fitting change")
     right.plot([], [], "o", color="black", label="one window")
-    right.bar(0, 0, color=BLUE, alpha=0.55, label="mean, nearer")
-    right.bar(0, 0, color=ORANGE, alpha=0.55, hatch="//", label="mean, farther")
-    right.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=3, frameon=False)
+    for method in ("merged", "matched"):
+        right.bar(0, 0, color=STYLES[method][0], alpha=0.55, label=method)
+    right.bar(0, 0, color="white", edgecolor="black", hatch="//", label="farther than eviction")
+    right.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=4, frameon=False)
     for axes in (left, right):
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)

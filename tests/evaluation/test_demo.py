@@ -14,9 +14,9 @@ from evaluation.fidelity import Fidelity
 FIDELITY = Fidelity(0.5, (0.5,), 2.0, 1.5, 1.0, 10, 10, 20, 0.1, 0.1)
 
 
-def comparison(press, evicted, merged):
-    evicted, merged = ([replace(FIDELITY, kl=kl) for kl in side] for side in (evicted, merged))
-    return Comparison(press, 0.5, evicted, merged)
+def comparison(press, evicted, merged, matched=None):
+    sides = zip(demo.METHODS, (evicted, merged, matched or merged))
+    return Comparison(press, 0.5, {method: [replace(FIDELITY, kl=kl) for kl in side] for method, side in sides})
 
 
 def run_demo(model_folder, output_folder):
@@ -40,6 +40,7 @@ def test_the_demo_ends_with_a_table_answers_json_and_a_plot_and_measures_the_sam
         for ratio in ("0.5", "0.75"):
             assert f"{press} {ratio}" in out
     assert "Merging lowered KL in" in out
+    assert "Re-fitting lowered KL in" in out
     assert "SnapKV 0.5, merged" in out
 
     assert record["config"]["context_length"] == 160
@@ -50,14 +51,15 @@ def test_the_demo_ends_with_a_table_answers_json_and_a_plot_and_measures_the_sam
         (press, ratio) for press in ("Knorm", "ExpectedAttention", "SnapKV") for ratio in (0.5, 0.75)
     ]
     for cell in cells:
-        for results in (cell["evicted"], cell["merged"]):
-            assert len(results) == 2
-            for result in results:
+        assert list(cell["methods"]) == ["evicted", "merged", "matched"]
+        for method in cell["methods"].values():
+            assert len(method["windows"]) == 2
+            for result in method["windows"]:
                 assert result["cache_bytes"] == (1 - cell["compression_ratio"]) * result["cache_bytes_full"]
                 assert len(result["kl_per_token"]) == 8
-        assert cell["kl_evicted"] == pytest.approx(sum(result["kl"] for result in cell["evicted"]) / 2)
-        assert cell["kl_merged"] != cell["kl_evicted"]
-    assert len(record["needle"]["answers"]) == 7
+            assert method["kl"] == pytest.approx(sum(result["kl"] for result in method["windows"]) / 2)
+        assert cell["methods"]["merged"]["kl"] != cell["methods"]["evicted"]["kl"]
+    assert len(record["needle"]["answers"]) == 10
 
     image = imread(tmp_path / "out" / "demo.png")
     assert image.shape[0] > 300
@@ -65,27 +67,31 @@ def test_the_demo_ends_with_a_table_answers_json_and_a_plot_and_measures_the_sam
 
     again = run_demo(model_folder, tmp_path / "again")
     for cell, cell_again in zip(cells, again["comparisons"]):
-        assert cell["kl_change_percent_per_window"] == cell_again["kl_change_percent_per_window"]
+        for method, result in cell["methods"].items():
+            result_again = cell_again["methods"][method]
+            assert result["kl_change_percent_per_window"] == result_again["kl_change_percent_per_window"]
     assert record["needle"] == again["needle"]
 
 
 def test_the_change_is_that_of_the_mean_and_windows_are_kept_apart():
-    cell = comparison("Knorm", [0.1, 0.3], [0.2, 0.1])
-    assert cell.kl_change == pytest.approx(-25)
-    assert cell.kl_change_per_window == pytest.approx([100, -100 * 2 / 3])
+    cell = comparison("Knorm", [0.1, 0.3], [0.2, 0.1], [0.05, 0.15])
+    assert cell.kl_change("merged") == pytest.approx(-25)
+    assert cell.kl_change("matched") == pytest.approx(-50)
+    assert cell.kl_change_per_window("merged") == pytest.approx([100, -100 * 2 / 3])
 
 
 def test_a_press_that_evicted_nothing_is_not_divided_by():
-    assert comparison("Knorm", [0.0], [0.0]).kl_change == 0
+    assert comparison("Knorm", [0.0], [0.0]).kl_change("merged") == 0
 
 
 def test_the_verdict_names_where_merging_did_worse_too():
     better, worse = comparison("Knorm", [0.2], [0.1]), comparison("SnapKV", [0.1], [0.2])
-    assert (
-        verdict([better, worse]) == "Merging lowered KL in 1 of 2 comparisons (Knorm 0.5), and did not for SnapKV 0.5."
-    )
-    assert verdict([better]) == "Merging lowered KL in 1 of 1 comparisons (Knorm 0.5)."
-    assert verdict([worse]) == "Merging lowered KL in 0 of 1 comparisons, and did not for SnapKV 0.5."
+    for presses, line in (
+        ([better, worse], "Merging lowered KL in 1 of 2 comparisons (Knorm 0.5), and did not for SnapKV 0.5."),
+        ([better], "Merging lowered KL in 1 of 1 comparisons (Knorm 0.5)."),
+        ([worse], "Merging lowered KL in 0 of 1 comparisons, and did not for SnapKV 0.5."),
+    ):
+        assert verdict(presses, "merged", "Merging") == line
 
 
 @pytest.mark.parametrize("separator", ["\n\n", " "])

@@ -4,12 +4,12 @@
 
 import pytest
 import torch
-from kvpress import KnormPress
+from kvpress import AdaKVPress, KnormPress, SnapKVPress
 
 from evaluation.fidelity import measure_fidelity, measure_reference
 from evaluation.models import load_model
 from evaluation.text import built_in_text, cut_windows
-from kvpress_merging import MergingPress
+from kvpress_merging import AttentionMatchingPress, MergingPress
 
 pytestmark = pytest.mark.real_model
 
@@ -58,3 +58,16 @@ def test_merging_brings_knorm_nearer_to_the_full_cache(smollm2):
         evicted += measure_fidelity(model, KnormPress(0.5), reference).kl
         merged += measure_fidelity(model, MergingPress(KnormPress(0.5)), reference).kl
     assert 0 < merged < evicted
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: KnormPress(0.5), lambda: SnapKVPress(0.75), lambda: AdaKVPress(SnapKVPress(0.75))]
+)
+def test_re_fitting_brings_a_press_nearer_to_the_full_cache(make, smollm2):
+    model, tokenizer = smollm2
+    evicted = matched = 0.0
+    for window in cut_windows(built_in_text(), tokenizer, 2, 512, 129):
+        reference = measure_reference(model, window)
+        evicted += measure_fidelity(model, make(), reference).kl
+        matched += measure_fidelity(model, AttentionMatchingPress(make()), reference).kl
+    assert 0 < matched < evicted
