@@ -7,7 +7,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,33 @@ def read_grid(file: Path, output_dir: str | None = None) -> list[EvaluationConfi
     shared, blocks = _read(file)
     if output_dir is None:
         output_dir = str(shared.get("output_dir") or Path("results") / file.stem)
+    with _quiet():
+        configs = _configs(file, shared, blocks, output_dir)
+        _check_folders(file, configs)
+    models = list(dict.fromkeys(map(model_settings, configs)))
+    return sorted(configs, key=lambda config: models.index(model_settings(config)))
+
+
+def model_settings(config: EvaluationConfig) -> str:
+    """The settings that a model is loaded with, as text: equal for configurations that can share it."""
+    return repr([config.model, config.model_kwargs, config.fp8, config.device, config.trust_remote_code])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Presses that are made only to be checked have nothing to warn of: they will when they are used."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+
+
+def _configs(
+    file: Path, shared: dict[str, Any], blocks: list[dict[str, Any]], output_dir: str
+) -> list[EvaluationConfig]:
+    """A checked configuration for each cell, each once."""
     cells: dict[str, EvaluationConfig] = {}
     used: dict[tuple[str, str], bool] = {}
     for number, block in enumerate(blocks, start=1):
@@ -78,15 +107,7 @@ def read_grid(file: Path, output_dir: str | None = None) -> list[EvaluationConfi
     for (origin, name), is_used in used.items():
         if not is_used:
             raise ValueError(f"{origin}: {name} is of no use for any press or dataset there")
-    configs = list(cells.values())
-    _check_folders(file, configs)
-    models = list(dict.fromkeys(map(model_settings, configs)))
-    return sorted(configs, key=lambda config: models.index(model_settings(config)))
-
-
-def model_settings(config: EvaluationConfig) -> str:
-    """The settings that a model is loaded with, as text: equal for configurations that can share it."""
-    return repr([config.model, config.model_kwargs, config.fp8, config.device, config.trust_remote_code])
+    return list(cells.values())
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

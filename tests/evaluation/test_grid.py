@@ -232,3 +232,9 @@ def assert_every_merged_press_has_its_twin(cells):
     ours = [(config, press) for config, press in presses if hasattr(press, "fold")]
     assert bare
     assert {key(config, press.press) for config, press in ours} == bare
+
+
+def test_presses_that_are_only_checked_do_not_warn(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        assert len(read(tmp_path, "press_name: [kvzip, merging_kvzip]")) == 2
+    assert not caplog.records
