@@ -9,7 +9,8 @@ ratio and dtype, on the CPU and on a GPU if there is one:
 - *eviction*: gathering the survivors and nothing else. It is outside in all others;
 - *kvpress*: ``kvpress.MergingPress(KnormPress(ratio)).merge``;
 - *ours*: finding the evicted positions and ``cosine_blend``, with equal parameters and ``kernel="torch"``;
-- *ours-triton* (GPU): the same with ``kernel="triton"``;
+- *re-fit*: the same with ``attention_match`` in place of the blend, with as many queries as by default;
+- *ours-triton* (GPU): *ours* with ``kernel="triton"``;
 - *product*: one matrix product per head of all evicted with all surviving keys, and nothing else: the floor of any
   exact search that asks the BLAS for it (in pieces of 1 GiB where it is larger);
 - *tiles* (CPU): the same products in the tiles that ours takes them in;
@@ -170,7 +171,7 @@ def measure_cell(cell: Cell, arguments: SpeedArguments) -> list[dict[str, Any]]:
             rows.append({**row, "note": notes[name]})
             continue
         n_bytes, kvpress_bytes = extra[name], extra.get("kvpress")
-        searches = name not in ("eviction", "attention")
+        searches = name not in ("eviction", "re-fit", "attention")
         median = statistics.median(seconds[name])
         rows.append(
             {

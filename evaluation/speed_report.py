@@ -54,14 +54,16 @@ def show(figures: dict[str, Any], console: Console) -> None:
         f"torch {machine['torch']}; load average before: {machine['load_before']:.1f}."
     )
     if figures["prefills"]:
-        prefills = Table(title=f"Whole prefills of {arguments['model']}: KnormPress, bare and merged")
-        for heading in ("tokens", "ratio", "device", "no press", "bare", "merged", "merged over bare"):
+        prefills = Table(title=f"Whole prefills of {arguments['model']}: KnormPress, bare and with ours around it")
+        for heading in ("tokens", "ratio", "device", "no press", "bare", "merged", "over bare", "matched", "over bare"):
             prefills.add_column(heading, justify="right")
         for row in figures["prefills"]:
-            medians = (f"{row['median_seconds'][name]:.2f} s" for name in ("full", "bare", "merged"))
-            prefills.add_row(
-                f"{row['k_len']:,}", str(row["compression_ratio"]), row["device"], *medians, f"{row['overhead']:+.1%}"
-            )
+            cells = [f"{row['k_len']:,}", str(row["compression_ratio"]), row["device"]]
+            for name, seconds in row["median_seconds"].items():
+                cells.append(f"{seconds:.2f} s")
+                if name in row["overhead"]:
+                    cells.append(f"{row['overhead'][name]:+.1%}")
+            prefills.add_row(*cells)
         console.print(prefills)
 
 

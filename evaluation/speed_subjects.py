@@ -19,9 +19,11 @@ from kvpress import KnormPress, MergingPress
 
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
+from kvpress_merging.kernels.match import attention_match
 from kvpress_merging.kernels.nearest import tile_shape
 from kvpress_merging.kernels.products import multiplies_16_bits, products
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
+from kvpress_merging.queries import default_n_queries
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -106,6 +108,25 @@ def _ours(kernel: str) -> Callable[[Inputs, int], Call]:
     return make
 
 
+def _re_fit(inputs: Inputs, tile_bytes: int) -> Call:
+    kept_keys, kept_values = inputs.gather_kept()
+    cell = inputs.cell
+    generator = torch.Generator().manual_seed(1)
+    shape = (1, cell.num_key_value_heads, default_n_queries(cell.k_len), cell.head_dim)
+    queries = (torch.randn(shape, generator=generator) * cell.head_dim**-0.5).to(cell.device)
+    return lambda: attention_match(
+        inputs.keys,
+        inputs.values,
+        kept_keys,
+        kept_values,
+        queries,
+        queries,
+        Eviction.from_kept(inputs.kept, cell.k_len),
+        key_ridge=0.1,
+        value_ridge=0.03,
+    )
+
+
 def _products(in_tiles: bool) -> Callable[[Inputs, int], Call]:
     def make(inputs: Inputs, tile_bytes: int) -> Call:
         cell, keys = inputs.cell, inputs.keys
@@ -154,6 +175,7 @@ SUBJECTS = {
     "eviction": Subject(lambda inputs, tile_bytes: inputs.gather_kept),
     "kvpress": Subject(_kvpress),
     "ours": Subject(_ours("torch")),
+    "re-fit": Subject(_re_fit),
     "ours-triton": Subject(_ours("triton"), ("cuda",)),
     "product": Subject(_products(in_tiles=False)),
     "tiles": Subject(_products(in_tiles=True), ("cpu",)),

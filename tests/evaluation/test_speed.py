@@ -17,7 +17,7 @@ from evaluation import speed, speed_subjects
 from evaluation.speed import SpeedArguments, growth, main, measure_cell
 from evaluation.speed_prefill import measure_prefill
 from evaluation.speed_subjects import SUBJECTS, Cell, Inputs, Subject, measure_seconds, peak_of_one_call
-from kvpress_merging import MergingPress
+from kvpress_merging import AttentionMatchingPress, MergingPress
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
 
 TINY = Cell("cpu", k_len=96, num_key_value_heads=2, head_dim=16, compression_ratio=0.5, dtype="bfloat16")
@@ -40,6 +40,15 @@ def test_ours_and_kvpress_are_timed_on_the_same_merge():
         distance = (ours.values[0, h, :, None] - theirs[0, h]).abs().amax(dim=-1).amin(dim=-1)
         assert (distance < 1e-5).all()
     assert ours.is_merged.any()
+
+
+def test_the_re_fit_is_timed_on_the_layer_that_the_merge_is():
+    inputs = Inputs.of(TINY)
+    match = result_of("re-fit", TINY)
+    assert match.values.shape == (1, 2, 48, 16)
+    assert (match.error_before > 0).all()
+    left = match.values[~match.is_fitted]
+    assert torch.equal(left, inputs.gather_kept()[1][~match.is_fitted])
 
 
 def test_eviction_alone_leaves_what_is_kept():
@@ -138,6 +147,7 @@ def test_growth_is_the_slope_over_all_contexts():
 
 def test_figures_are_printed_written_and_drawn(tmp_path, monkeypatch, capsys):
     n_bytes = {"eviction": 500_000, "kvpress": 4_000_000, "ours": 1_000_000, "product": 0, "tiles": None}
+    n_bytes["re-fit"] = 2_000_000
     monkeypatch.setattr(speed, "measure_extra_bytes", lambda cell, name, *others: n_bytes[name])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     folder = tmp_path / "deeper"
@@ -179,9 +189,13 @@ def test_whole_prefills_are_printed_and_written(tmp_path, monkeypatch, capsys):
     prefills = json.loads((tmp_path / "speed.json").read_text())["prefills"]
     assert [row["k_len"] for row in prefills] == [64, 128]
     for row in prefills:
-        assert {name: len(seconds) for name, seconds in row["seconds"].items()} == {"full": 2, "bare": 2, "merged": 2}
-        assert row["overhead"] > -1
-    assert "merged over bare" in capsys.readouterr().out
+        names = ["full", "bare", "merged", "matched"]
+        assert {name: len(seconds) for name, seconds in row["seconds"].items()} == dict.fromkeys(names, 2)
+        assert list(row["overhead"]) == ["merged", "matched"]
+        assert min(row["overhead"].values()) > -1
+    printed = capsys.readouterr().out
+    assert "over bare" in printed
+    assert "matched" in printed
 
 
 def test_prefills_are_timed_with_the_presses_at_work(monkeypatch):
@@ -198,10 +212,11 @@ def test_prefills_are_timed_with_the_presses_at_work(monkeypatch):
 
     count(KnormPress, "score")
     count(MergingPress, "fold")
+    count(AttentionMatchingPress, "observe")
     model = tiny_model("llama")
     measure_prefill(model, 32, 0.5, repeats=1)
     n_layers = model.config.num_hidden_layers
-    assert calls == {"score": 2 * 2 * n_layers, "fold": 2 * n_layers}
+    assert calls == {"score": 3 * 2 * n_layers, "fold": 2 * n_layers, "observe": 2 * n_layers}
 
 
 @pytest.mark.parametrize(
