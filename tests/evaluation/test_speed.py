@@ -21,7 +21,7 @@ from kvpress_merging import AttentionMatchingPress, MergingPress
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
 
 TINY = Cell("cpu", k_len=96, num_key_value_heads=2, head_dim=16, compression_ratio=0.5, dtype="bfloat16")
-ON_CPU = ["eviction", "kvpress", "ours", "product", "tiles"]
+ON_CPU = ["eviction", "kvpress", "ours", "re-fit", "product", "tiles"]
 has_proc = pytest.mark.skipif(
     not speed_subjects.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc"
 )
