@@ -54,8 +54,9 @@ class AttentionMatchingPress(MergeOnEvictPress):
     A few reference queries, made of the layer's own input and rotated to where the context ends, see in all keys
     attention p and output O. Two ridge regressions let them see the same in the survivors: a small shift of each
     survivor's key, by which it attracts the attention of the evicted positions most like it too, and then values that
-    give O under that attention. A head takes the fit only if it beats eviction on queries left out of it. Which
-    positions survive is the inner press's choice alone. See :func:`kvpress_merging.kernels.match.attention_match`.
+    give O under that attention. A head takes the fit only if that halves eviction's error on queries left out of it.
+    Which positions survive is the inner press's choice alone. See
+    :func:`kvpress_merging.kernels.match.attention_match`.
 
     After "Fast KV Compaction via Attention Matching" (https://arxiv.org/abs/2602.16284), which fits a bias per key
     where this shifts the key, so that no attention kernel has to change; KeepKV (https://arxiv.org/abs/2504.09936)
