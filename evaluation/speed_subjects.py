@@ -17,18 +17,20 @@ import torch
 import torch.nn.functional as F
 from kvpress import KnormPress, MergingPress
 
+from kvpress_merging import AttentionMatchingPress
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
 from kvpress_merging.kernels.match import attention_match
 from kvpress_merging.kernels.nearest import tile_shape
 from kvpress_merging.kernels.products import multiplies_16_bits, products
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
-from kvpress_merging.queries import default_n_queries
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Query heads for each KV head, as models with 8 billion parameters have them.
 _QUERY_HEADS = 4
+# Reference queries, as AttentionMatchingPress takes them.
+_N_QUERIES = AttentionMatchingPress.n_queries
 # Cosines of one piece of the bare product: 1 GiB.
 _PRODUCT_PIECE = 2**28
 
@@ -112,7 +114,7 @@ def _re_fit(inputs: Inputs, tile_bytes: int) -> Call:
     kept_keys, kept_values = inputs.gather_kept()
     cell = inputs.cell
     generator = torch.Generator().manual_seed(1)
-    shape = (1, cell.num_key_value_heads, default_n_queries(cell.k_len), cell.head_dim)
+    shape = (1, cell.num_key_value_heads, _N_QUERIES, cell.head_dim)
     queries = (torch.randn(shape, generator=generator) * cell.head_dim**-0.5).to(cell.device)
     return lambda: attention_match(
         inputs.keys,

@@ -72,10 +72,10 @@ def test_defaults_and_their_order():
     press = AttentionMatchingPress(KnormPress(0.5), 64, 0.5, 0.25)
     assert (press.n_queries, press.key_ridge, press.value_ridge) == (64, 0.5, 0.25)
     default = AttentionMatchingPress(KnormPress(0.5))
-    assert (default.n_queries, default.key_ridge, default.value_ridge) == (None, 0.1, 0.03)
+    assert (default.n_queries, default.key_ridge, default.value_ridge) == (128, 0.1, 0.03)
     assert repr(default) == (
         "AttentionMatchingPress(press=KnormPress(compression_ratio=0.5), "
-        "n_queries=None, key_ridge=0.1, value_ridge=0.03)"
+        "n_queries=128, key_ridge=0.1, value_ridge=0.03)"
     )
 
 

@@ -9,7 +9,7 @@ from tiny import FAMILIES, tiny_model
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvpress_merging.queries import default_n_queries, prerope_queries, reference_positions, rotate
+from kvpress_merging.queries import prerope_queries, reference_positions, rotate
 
 
 def watch(model, input_ids):
@@ -98,7 +98,3 @@ def test_a_layer_without_a_query_projection_is_an_error_that_names_it():
     module.head_dim, module.num_key_value_groups = 2, 1
     with pytest.raises(TypeError, match="Linear has neither q_proj nor qkv_proj"):
         prerope_queries(module, torch.randn(1, 2, 4))
-
-
-def test_a_longer_context_gets_more_queries_up_to_a_limit():
-    assert [default_n_queries(q_len) for q_len in (10, 1024, 1600, 2048, 100_000)] == [64, 64, 100, 128, 128]

@@ -18,7 +18,7 @@ from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.match import attention_match
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
 from kvpress_merging.merging_press import check_number, rotates_keys
-from kvpress_merging.queries import default_n_queries, prerope_queries, reference_positions, rotate
+from kvpress_merging.queries import prerope_queries, reference_positions, rotate
 
 # Tokens seen after the prefill whose queries join those of the context when a press evicts while decoding.
 _MOST_RECENT = 64
@@ -66,9 +66,8 @@ class AttentionMatchingPress(MergeOnEvictPress):
     ----------
     press : BasePress
         The press whose evictions are made good for: any press that evicts positions.
-    n_queries : int, optional
-        Reference queries per KV head, each from a position of its own, at least 1. By default 64 for a context of up to
-        1,024 tokens, then one for each 16 tokens, at most 128.
+    n_queries : int, default=128
+        Reference queries per KV head, each from a position of its own, at least 1. More fit better and cost more.
     key_ridge : float, default=0.1
         How strongly keys are held where they were, above 0, in units of the mean squared reference query.
     value_ridge : float, default=0.03
@@ -87,7 +86,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
     64
     """
 
-    n_queries: int | None = None
+    n_queries: int = 128
     key_ridge: float = 0.1
     value_ridge: float = 0.03
 
@@ -101,9 +100,9 @@ class AttentionMatchingPress(MergeOnEvictPress):
 
     def _check_field(self, name: str, value: Any) -> None:
         super()._check_field(name, value)
-        if name == "n_queries" and value is not None:
+        if name == "n_queries":
             if not isinstance(value, Integral) or isinstance(value, bool):
-                raise TypeError(f"n_queries must be an int or None, got {value!r}")
+                raise TypeError(f"n_queries must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"n_queries must be at least 1, got {value!r}")
         elif name in ("key_ridge", "value_ridge"):
@@ -167,9 +166,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
         return match.keys, match.values
 
     def _sample(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        q_len = hidden_states.shape[1]
-        n_queries = default_n_queries(q_len) if self.n_queries is None else self.n_queries
-        positions = reference_positions(q_len, n_queries, hidden_states.device)
+        positions = reference_positions(hidden_states.shape[1], self.n_queries, hidden_states.device)
         return prerope_queries(module, hidden_states[:, positions])
 
 

@@ -11,17 +11,6 @@ from torch import nn
 # queries are most like those that will be asked.
 _CROWDING = 2 / 3
 
-_FEWEST, _MOST, _POSITIONS_PER_QUERY = 64, 128, 16
-
-
-def default_n_queries(q_len: int) -> int:
-    """
-    Reference queries for a context of ``q_len`` positions: one for each 16 of them, at least 64 and at most 128.
-
-    More fit better; so many cost about a tenth of a small model's prefill, whatever its length.
-    """
-    return min(_MOST, max(_FEWEST, q_len // _POSITIONS_PER_QUERY))
-
 
 def reference_positions(q_len: int, n_queries: int, device: torch.device) -> torch.Tensor:
     """
