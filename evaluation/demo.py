@@ -392,7 +392,7 @@ def plot(comparisons: Sequence[Comparison], subtitle: str, file: Path) -> None:
     for method, (colour, marker) in STYLES.items():
         left.plot([], [], marker, color=colour, label=method)
     left.plot([], [], color="black", linewidth=3, label="mean of the windows")
-    left.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=4, frameon=False)
+    left.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False)
     right.axvline(0, color="black", linewidth=1)
     right.set_xlabel("change of KL against eviction, % (left is better)")
     right.set_title("What merging and re-fitting change")
@@ -400,7 +400,7 @@ def plot(comparisons: Sequence[Comparison], subtitle: str, file: Path) -> None:
     for method in ("merged", "matched"):
         right.bar(0, 0, color=STYLES[method][0], alpha=0.55, label=method)
     right.bar(0, 0, color="white", edgecolor="black", hatch="//", label="farther than eviction")
-    right.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=4, frameon=False)
+    right.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False)
     for axes in (left, right):
         axes.grid(axis="x", color="0.9")
         axes.set_axisbelow(True)
