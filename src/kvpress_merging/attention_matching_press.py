@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -17,7 +16,7 @@ from typing_extensions import Self
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.match import attention_match
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
-from kvpress_merging.merging_press import check_number, rotates_keys
+from kvpress_merging.merging_press import check_int, check_number, rotates_keys
 from kvpress_merging.queries import prerope_queries, reference_positions, rotate
 
 # Tokens seen after the prefill whose queries join those of the context when a press evicts while decoding.
@@ -101,10 +100,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
     def _check_field(self, name: str, value: Any) -> None:
         super()._check_field(name, value)
         if name == "n_queries":
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise TypeError(f"n_queries must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"n_queries must be at least 1, got {value!r}")
+            check_int(name, value, least=1)
         elif name in ("key_ridge", "value_ridge"):
             check_number(name, value)
             if not 0 < value < float("inf"):
@@ -118,7 +114,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
             self._queries[module] = LayerQueries(self._sample(module, hidden_states))
         else:
             self._queries[module].recent.extend(hidden_states[:, -_MOST_RECENT:].detach().split(1, dim=1))
-        self._queries[module].rotation = _last_rotation(module, kwargs)
+        self._queries[module].rotation = _rotation_at(module, kwargs, -1)
 
     def fold(
         self,
@@ -138,7 +134,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
         else:  # a press around this one called ``compress``, with what it had seen
             assert hidden_states is not None
             prerope = self._sample(module, hidden_states)
-            rotation = _last_rotation(module, kwargs)
+            rotation = _rotation_at(module, kwargs, -1)
         assert rotation is not None
         queries = kept_queries = rotate(prerope, *rotation)
         if eviction.keys_rewritten and rotates_keys(self.press):
@@ -179,7 +175,3 @@ def _rotation_at(module: nn.Module, kwargs: dict, position: int) -> tuple[torch.
         )
     cos, sin = kwargs["position_embeddings"]
     return cos[:, position], sin[:, position]
-
-
-def _last_rotation(module: nn.Module, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    return _rotation_at(module, kwargs, -1)

@@ -94,10 +94,7 @@ value_norm_weighting=True, max_merge_per_token=0, merge_fraction=1.0)
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         elif name in ("max_merge_per_token", "tile_bytes"):
             least = 0 if name == "max_merge_per_token" else 1
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+            check_int(name, value, least)
         elif name == "kernel" and value not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {value!r}")
 
@@ -138,6 +135,14 @@ value_norm_weighting=True, max_merge_per_token=0, merge_fraction=1.0)
             eviction.survivors.shape[-1],
         )
         return blend.keys, blend.values
+
+
+def check_int(name: str, value: Any, least: int) -> None:
+    """Raise a TypeError unless ``value`` is a whole number, and a ValueError if it is below ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
 
 
 def check_number(name: str, value: Any) -> None:

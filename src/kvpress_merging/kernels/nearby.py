@@ -74,8 +74,8 @@ def nearest_nearby(
         block = slice(i, i + at_once)
         window = start[:, block, None] + near
         candidates = gather_rows(survivor_keys, window.flatten(1)).view(-1, WINDOW, head_dim)
-        cosine = torch.bmm(candidates, blocks[:, block].reshape(-1, length, head_dim).transpose(1, 2))
-        best = first_max(cosine, WINDOW)[1].view(n_heads, -1, length)
+        products = torch.bmm(candidates, blocks[:, block].reshape(-1, length, head_dim).transpose(1, 2))
+        best = first_max(products, WINDOW)[1].view(n_heads, -1, length)
         target[:, block] = best + start[:, block, None]
     return target.flatten(1)[:, :n_evicted]
 
