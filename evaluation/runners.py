@@ -155,7 +155,9 @@ def run_on_ray(
             packages = [str(Path(__file__).parent), str(Path(kvpress_merging.__file__).parent)]
             ray.init(address, runtime_env={"py_modules": packages}, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RunnerError(f"cannot reach a Ray cluster at {address or 'this machine'}: {error}") from error
+        # Ray tells of a wrong token in its own log alone.
+        hint = "" if address is None else "; a cluster that asks for a token needs RAY_AUTH_MODE=token set here as well"
+        raise RunnerError(f"cannot reach a Ray cluster at {address or 'this machine'}: {error}{hint}") from error
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         count, resources = _share_out(nodes, len(cells), threads, num_workers)
