@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvpress_merging.eviction import Eviction
+from kvpress_merging.pairs import COLUMNS, Pairs
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
 
 # Evictions of one layer whose figures are kept apart before they are joined: while decoding there may be one per token.
 _MOST_PARTS = 64
@@ -29,6 +32,7 @@ class LayerReport:
     most_merges: list[torch.Tensor] = field(default_factory=list)
     fits: list[torch.Tensor] = field(default_factory=list)
     has_lost: list[bool] = field(default_factory=list)
+    pairs: list[Pairs] = field(default_factory=list)
 
     def add(self, similarity: torch.Tensor, weight: torch.Tensor, most_merges: torch.Tensor) -> None:
         self.similarities.append(similarity.flatten())
@@ -107,7 +111,14 @@ class MergeReport:
         layer.n_evicted += eviction.n_evicted
 
     def record_merges(
-        self, layer_idx: int, similarity: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, n_survivors: int
+        self,
+        layer_idx: int,
+        eviction: Eviction,
+        similarity: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        keep_pairs: bool = False,
     ) -> None:
         """
         Note what one eviction merged.
@@ -116,18 +127,24 @@ class MergeReport:
         ----------
         layer_idx : int
             The layer.
+        eviction : Eviction
+            What was evicted.
         similarity, weight : torch.Tensor
             Per evicted position, float32, shape ``(bsz, num_key_value_heads, n_evicted)``; weight 0 where not merged.
         target : torch.Tensor
-            The survivor's index, int64, same shape.
-        n_survivors : int
-            Number of survivors that a head has at most.
+            Index into ``eviction.survivors``, int64, same shape.
+        keep_pairs : bool
+            Whether to keep what :meth:`merges` and :meth:`plot` tell: 16 bytes per evicted position and head.
         """
         # A head without survivors merges nothing, and its targets are all 0.
-        merges = torch.zeros(*target.shape[:2], max(1, n_survivors), dtype=torch.int64, device=target.device)
+        merges = torch.zeros(
+            *target.shape[:2], max(1, eviction.survivors.shape[-1]), dtype=torch.int64, device=target.device
+        )
         merges.scatter_add_(-1, target, (weight > 0).long())
         layer = self._layers.setdefault(layer_idx, LayerReport())
         layer.add(similarity, weight, merges.amax())
+        if keep_pairs:
+            layer.pairs.append(Pairs.of(eviction, similarity, weight, target))
 
     def record_fit(
         self,
@@ -170,6 +187,122 @@ class MergeReport:
 
         frame = pd.DataFrame.from_dict(self.to_dict(), orient="index")
         return frame.rename_axis(index="layer")
+
+    def merges(self, layer_idx: int) -> pd.DataFrame:
+        """
+        Which evicted position of a layer went to which survivor, and how much of it.
+
+        Parameters
+        ----------
+        layer_idx : int
+            The layer. Its press must have had ``record_pairs=True``, see :class:`~kvpress_merging.MergingPress`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per evicted position, in the order of
+
+            - ``eviction``: 0 for the first since the prefill, 1 for the next, ...;
+            - ``batch``, ``head``: batch row and KV head;
+            - ``evicted``: the position. At the first eviction positions are those of the tokens, later on those in
+              what earlier evictions left;
+
+            and with
+
+            - ``survivor``: position of the survivor with the most similar key; -1 where no survivor may be merged into;
+            - ``similarity``: their keys' cosine, -inf where there is no such survivor;
+            - ``weight``: ``w`` in the blend, 0 where the evicted position was not merged but forgotten.
+
+        Raises
+        ------
+        ValueError
+            If the layer was not seen, its pairs were not recorded, or it was re-fitted, which knows no pairs.
+        """
+        import pandas as pd
+
+        layer = self._layers.get(layer_idx)
+        if layer is None:
+            seen = ", ".join(map(str, sorted(self._layers))) or "none yet"
+            raise ValueError(f"layer_idx must be a layer that the press has seen ({seen}), got {layer_idx!r}")
+        if layer.fits:
+            raise ValueError(
+                "a re-fit moves all survivors of a head together, so there are no pairs to show: "
+                "plot_layers() and to_frame() tell what it did"
+            )
+        if layer.n_evicted and not layer.pairs:
+            raise ValueError(
+                f"the pairs of layer {layer_idx} were not recorded: make the press with record_pairs=True, "
+                "MergingPress(..., record_pairs=True), and prefill again"
+            )
+        frames = [pairs.to_frame(number) for number, pairs in enumerate(layer.pairs)]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
+
+    def plot(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        input_ids: torch.Tensor,
+        layer_idx: int,
+        head: int = 0,
+        *,
+        batch: int = 0,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Figure:
+        """
+        Draw over the tokens what the first eviction since the prefill merged into what, for one layer and head.
+
+        An arc goes from each merged token to the survivor that took it in: its colour is the similarity, its width the
+        weight. Bars say how much weight each survivor took in; survivors' tokens are bold, and a cross marks tokens
+        that were forgotten.
+
+        Parameters
+        ----------
+        tokenizer : PreTrainedTokenizerBase
+            Turns the ids into words.
+        input_ids : torch.Tensor
+            What was prefilled, int64, shape ``(bsz, k_len)``, or ``(k_len,)`` for a batch of one.
+        layer_idx, head, batch : int
+            Layer, KV head and batch row.
+        start, stop : int
+            The positions to draw, by default up to 80 from ``start`` on. Arcs that leave them are cut off.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            The notebook shows it; ``figure.savefig("merges.png")`` writes it.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is missing.
+        ValueError
+            As :meth:`merges`; also if there is no such head, batch row or stretch of positions, or ``input_ids`` is
+            shorter than what was prefilled.
+        """
+        from kvpress_merging.plots import plot_merges
+
+        return plot_merges(self.merges(layer_idx), tokenizer, input_ids, layer_idx, head, batch, start, stop)
+
+    def plot_layers(self) -> Figure:
+        """
+        Draw the figures of :meth:`to_frame`, layer by layer.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            For a blend: how many evicted positions were merged, how similar they were, and the perturbation bound. For
+            a re-fit: how many heads took it, and the error of the attention output before and after.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is missing.
+        ValueError
+            If nothing was evicted.
+        """
+        from kvpress_merging.plots import plot_layers
+
+        return plot_layers(self.to_frame())
 
     def __str__(self) -> str:
         rows = list(self.to_dict().values())
