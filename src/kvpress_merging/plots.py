@@ -119,7 +119,7 @@ def _draw_arcs(axes: Axes, merged: pd.DataFrame, start: int, stop: int) -> None:
     axes.set_ylim(-0.03 * (seen.max() if seen.size else 1.0), 1.05 * seen.max() if seen.size else 1.0)
     axes.set_yticks([])
     axes.xaxis.set_visible(False)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def _word(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
