@@ -79,10 +79,21 @@ class AttentionMatchingPress(MergeOnEvictPress):
 
     Examples
     --------
-    >>> from kvpress import SnapKVPress
+    >>> import torch
+    >>> from kvpress import KnormPress
     >>> from kvpress_merging import AttentionMatchingPress
-    >>> AttentionMatchingPress(SnapKVPress(0.5), n_queries=64).n_queries
-    64
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ... )
+    >>> model, cache = LlamaForCausalLM(config), DynamicCache()
+    >>> press = AttentionMatchingPress(KnormPress(compression_ratio=0.5), n_queries=64)
+    >>> with torch.no_grad(), press(model):
+    ...     _ = model(torch.arange(40)[None], past_key_values=cache)
+    >>> cache.get_seq_length()
+    20
+    >>> press.report.to_frame()["heads"].tolist()  # that lost positions; "heads_fitted" of them took the fit
+    [2, 2]
     """
 
     n_queries: int = 128

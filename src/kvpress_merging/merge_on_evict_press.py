@@ -47,6 +47,32 @@ class MergeOnEvictPress(PressWrapper):
     ------
     TypeError
         If ``press`` is not a press, merges already (anywhere inside), or evicts no positions.
+
+    Examples
+    --------
+    A rule that adds a share of the mean of what each head lost to all of its survivors, for presses that evict equally
+    many positions in all heads:
+
+    >>> from dataclasses import dataclass
+    >>> import torch
+    >>> from kvpress import KnormPress
+    >>> from kvpress_merging import MergeOnEvictPress
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> @dataclass
+    ... class MeanPress(MergeOnEvictPress):
+    ...     share: float = 0.1
+    ...
+    ...     def fold(self, module, hidden_states, keys, values, kept_keys, kept_values, eviction, kwargs):
+    ...         index = eviction.evicted.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1])
+    ...         return kept_keys, kept_values + self.share * values.gather(2, index).mean(dim=2, keepdim=True)
+    >>> config = LlamaConfig(
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ... )
+    >>> model, cache = LlamaForCausalLM(config), DynamicCache()
+    >>> with torch.no_grad(), MeanPress(KnormPress(0.5))(model):
+    ...     _ = model(torch.arange(40)[None], past_key_values=cache)
+    >>> cache.get_seq_length()
+    20
     """
 
     # Not fields: they are no part of a press's configuration.

@@ -65,11 +65,23 @@ class MergingPress(MergeOnEvictPress):
 
     Examples
     --------
+    A model as small as can be, with random weights; any that kvpress supports will do:
+
+    >>> import torch
     >>> from kvpress import KnormPress
     >>> from kvpress_merging import MergingPress
-    >>> MergingPress(KnormPress(0.5), similarity_threshold=0.3)
-    MergingPress(press=KnormPress(compression_ratio=0.5), similarity_threshold=0.3, merge_keys=False, \
-value_norm_weighting=True, max_merge_per_token=0, merge_fraction=1.0)
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ... )
+    >>> model, cache = LlamaForCausalLM(config), DynamicCache()
+    >>> press = MergingPress(KnormPress(compression_ratio=0.5), similarity_threshold=0.3)
+    >>> with torch.no_grad(), press(model):
+    ...     _ = model(torch.arange(40)[None], past_key_values=cache)
+    >>> cache.get_seq_length()
+    20
+    >>> press.report.to_frame()["evicted"].tolist()  # per layer, from both of its heads
+    [40, 40]
     """
 
     similarity_threshold: float = 0.0

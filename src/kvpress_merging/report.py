@@ -4,72 +4,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvpress_merging.eviction import Eviction
+from kvpress_merging.layer_report import LayerReport
 from kvpress_merging.pairs import COLUMNS, Pairs
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
-
-# Evictions of one layer whose figures are kept apart before they are joined: while decoding there may be one per token.
-_MOST_PARTS = 64
-
-
-@dataclass
-class LayerReport:
-    """The figures of one layer since its last prefill, as they lie on the device."""
-
-    n_survivors: int = 0
-    n_evicted: int = 0
-    similarities: list[torch.Tensor] = field(default_factory=list)
-    weights: list[torch.Tensor] = field(default_factory=list)
-    most_merges: list[torch.Tensor] = field(default_factory=list)
-    fits: list[torch.Tensor] = field(default_factory=list)
-    has_lost: list[bool] = field(default_factory=list)
-    pairs: list[Pairs] = field(default_factory=list)
-
-    def add(self, similarity: torch.Tensor, weight: torch.Tensor, most_merges: torch.Tensor) -> None:
-        self.similarities.append(similarity.flatten())
-        self.weights.append(weight.flatten())
-        self.most_merges.append(most_merges.flatten())
-        if len(self.weights) > _MOST_PARTS:
-            self.similarities = [torch.cat(self.similarities)]
-            self.weights = [torch.cat(self.weights)]
-            self.most_merges = [torch.cat(self.most_merges).amax(dim=0, keepdim=True)]
-
-    def summary(self) -> dict[str, Any]:
-        """Read the figures from the device."""
-        row: dict[str, Any] = {"kept": self.n_survivors, "evicted": self.n_evicted, "merged": 0}
-        row |= dict.fromkeys(("similarity_mean", "similarity_q05", "similarity_q50", "bound_mean"))
-        row["most_merges"] = 0
-        if self.fits:
-            fits = torch.cat(self.fits, dim=1).double().cpu()[:, torch.tensor(self.has_lost)]
-            is_fitted, error_before, error_after = fits
-            row["heads"], row["heads_fitted"] = len(is_fitted), int(is_fitted.sum())
-            row["error_before"] = float(error_before.mean())
-            # What a head is left with: the fit's error where it took the fit.
-            row["error_after"] = float(torch.where(is_fitted > 0, error_after, error_before).mean())
-        if not self.weights:
-            return row
-        weight = torch.cat(self.weights)
-        is_merged = weight > 0
-        similarity = torch.cat(self.similarities)[is_merged].double()
-        bound = 1 / (1 + weight[is_merged].double())
-        row["merged"] = int(is_merged.sum())
-        if row["merged"]:
-            # torch.quantile takes at most 2**24 elements
-            ranked = similarity.sort().values
-            row["similarity_mean"] = float(similarity.mean())
-            row["similarity_q05"], row["similarity_q50"] = (_quantile(ranked, q) for q in (0.05, 0.5))
-            row["bound_mean"] = float(bound.mean())
-            row["most_merges"] = int(torch.cat(self.most_merges).max())
-        return row
 
 
 class MergeReport:
@@ -95,17 +41,55 @@ class MergeReport:
       took the fit;
     - ``error_before``, ``error_after``: their mean squared error of the attention output over reference queries,
       relative to the output's, as eviction leaves it and as it is left in the end.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kvpress import KnormPress
+    >>> from kvpress_merging import MergingPress
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ... )
+    >>> model, cache = LlamaForCausalLM(config), DynamicCache()
+    >>> press = MergingPress(KnormPress(0.5), record_pairs=True)
+    >>> press.report
+    0 layers, nothing evicted
+    >>> with torch.no_grad(), press(model):
+    ...     _ = model(torch.arange(40)[None], past_key_values=cache)
+    >>> print(press.report)  # doctest: +ELLIPSIS
+    2 layers: 80 positions evicted, ... merged (...) into 80 kept; mean similarity ...
+    >>> press.report.to_frame()["kept"].tolist()
+    [40, 40]
+    >>> list(press.report.merges(layer_idx=1).columns)
+    ['eviction', 'batch', 'head', 'evicted', 'survivor', 'similarity', 'weight']
     """
 
     def __init__(self) -> None:
         self._layers: dict[int, LayerReport] = {}
 
     def start(self, layer_idx: int) -> None:
-        """Forget a layer: it is prefilled anew."""
+        """
+        Forget a layer: it is prefilled anew.
+
+        Parameters
+        ----------
+        layer_idx : int
+            The layer.
+        """
         self._layers[layer_idx] = LayerReport()
 
     def record(self, layer_idx: int, eviction: Eviction) -> None:
-        """Note an eviction."""
+        """
+        Note an eviction, whatever becomes of what it evicted.
+
+        Parameters
+        ----------
+        layer_idx : int
+            The layer.
+        eviction : Eviction
+            What was evicted.
+        """
         layer = self._layers.setdefault(layer_idx, LayerReport())
         layer.n_survivors = eviction.n_survivors
         layer.n_evicted += eviction.n_evicted
@@ -169,20 +153,14 @@ class MergeReport:
             Relative squared errors of eviction and of the fit, float32, same shape.
         """
         layer = self._layers.setdefault(layer_idx, LayerReport())
-        layer.fits.append(torch.stack([is_fitted.float(), error_before, error_after]).flatten(1))
-        if eviction.counts is None:
-            layer.has_lost += [True] * is_fitted.numel()
-        else:
-            layer.has_lost += [n_evicted > 0 for _, n_evicted in eviction.counts]
-        if len(layer.fits) > _MOST_PARTS:
-            layer.fits = [torch.cat(layer.fits, dim=1)]
+        layer.add_fits(eviction, torch.stack([is_fitted.float(), error_before, error_after]).flatten(1))
 
     def to_dict(self) -> dict[int, dict[str, Any]]:
-        """One dict of figures per layer, by layer index."""
+        """One dict of figures per layer, by layer index; see the class for their names."""
         return {layer_idx: self._layers[layer_idx].summary() for layer_idx in sorted(self._layers)}
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per layer, indexed by ``layer``."""
+        """The same as a pandas DataFrame: one row per layer, indexed by ``layer``."""
         import pandas as pd
 
         frame = pd.DataFrame.from_dict(self.to_dict(), orient="index")
@@ -337,11 +315,3 @@ class MergeReport:
 
 def _weighted_mean(rows: list[dict[str, Any]], name: str) -> float:
     return sum(row[name] * row["merged"] for row in rows if row["merged"]) / sum(row["merged"] for row in rows)
-
-
-def _quantile(ranked: torch.Tensor, q: float) -> float:
-    """The quantile of a sorted vector, interpolated linearly as ``torch.quantile`` does."""
-    position = q * (len(ranked) - 1)
-    low = int(position)
-    high = min(low + 1, len(ranked) - 1)
-    return float(ranked[low] + (ranked[high] - ranked[low]) * (position - low))
