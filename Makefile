@@ -35,10 +35,11 @@ demo: $(STAMP)  ## compare full cache, eviction, merging and re-fitting on a rea
 test: $(STAMP)  ## run the tests, those on the real model included
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-style: $(STAMP)  ## check the code: ruff and mypy
+style: $(STAMP)  ## check the code: ruff, mypy, and the public types with mypy --strict
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy --strict --config-file tests/typing/mypy.ini tests/typing
 
 docs: $(STAMP)  ## write the API reference of the docstrings to docs/
 	@$(BIN)/python -W 'ignore:Error parsing type annotation BasePress' -m pdoc -d numpy -o docs kvpress_merging \

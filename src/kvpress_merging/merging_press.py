@@ -123,7 +123,7 @@ class MergingPress(MergeOnEvictPress):
         kept_keys: torch.Tensor,
         kept_values: torch.Tensor,
         eviction: Eviction,
-        kwargs: dict,
+        kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Blend; see the class. Similarities are those of ``keys``, also where the press rotated the survivors'
         anew."""
