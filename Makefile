@@ -46,6 +46,9 @@ docs: $(STAMP)  ## write the API reference of the docstrings to docs/
 		kvpress_merging.registry kvpress_merging.kernels.blend kvpress_merging.kernels.match kvpress_merging.kernels.nearest
 	@echo "Written to docs/: open docs/kvpress_merging.html"
 
+package-check:  ## build sdist and wheel, install each in a fresh environment, and merge with it: a few minutes
+	@PYTHON="$(PYTHON)" TORCH_INDEX_URL="$(TORCH_INDEX_URL)" .ci/package-check
+
 bench: $(STAMP)  ## time our kernels against kvpress's own
 	@$(BIN)/python -m evaluation speed
 
