@@ -12,10 +12,10 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test style bench clean
+.PHONY: help venv demo test style docs bench package-check clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-6s  %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-13s  %s\n", $$1, $$2 }'
 
 venv: $(STAMP)  ## make .venv with the pinned packages, unless it is there
 
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
 		$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $$(grep '^torch==' constraints.txt)
 	@echo "Installing the pinned packages into $(VENV) (a few minutes, once) ..."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[eval,dev,ray]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[eval,dev,docs,ray]'
 	@touch $@
 
 demo: $(STAMP)  ## compare full cache, eviction, merging and re-fitting on a real model: about 3 minutes on 2 cores
@@ -35,14 +35,23 @@ demo: $(STAMP)  ## compare full cache, eviction, merging and re-fitting on a rea
 test: $(STAMP)  ## run the tests, those on the real model included
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-style: $(STAMP)  ## check the code: ruff and mypy
+style: $(STAMP)  ## check the code: ruff, mypy, and the public types with mypy --strict
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy --strict --config-file tests/typing/mypy.ini tests/typing
+
+docs: $(STAMP)  ## write the API reference of the docstrings to docs/
+	@$(BIN)/python -W 'ignore:Error parsing type annotation BasePress' -m pdoc -d numpy -o docs kvpress_merging \
+		kvpress_merging.registry kvpress_merging.kernels.blend kvpress_merging.kernels.match kvpress_merging.kernels.nearest
+	@echo "Written to docs/: open docs/kvpress_merging.html"
+
+package-check:  ## build sdist and wheel, install each in a fresh environment, and merge with it: a few minutes
+	@PYTHON="$(PYTHON)" TORCH_INDEX_URL="$(TORCH_INDEX_URL)" .ci/package-check
 
 bench: $(STAMP)  ## time our kernels against kvpress's own
 	@$(BIN)/python -m evaluation speed
 
-clean:  ## remove .venv and caches; results/ stays
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove .venv, docs/ and caches; results/ stays
+	rm -rf $(VENV) build dist docs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -187,7 +187,8 @@ def answer(evaluation: Evaluation) -> pd.DataFrame:
             samples["question"] = ""
         # A model on several devices has been put there already.
         device = None if hasattr(evaluation.model, "hf_device_map") else evaluation.model.device
-        generate = KVPressTextGenerationPipeline(model=evaluation.model, tokenizer=tokenizer, device=device)
+        kwargs: dict[str, Any] = {"model": evaluation.model, "tokenizer": tokenizer, "device": device}
+        generate = KVPressTextGenerationPipeline(**kwargs)
         by = ["sample"] if isinstance(press, DecodingPress) else ["context", "answer_prefix", "max_new_tokens"]
         answers = []
         with tqdm(total=len(samples), desc=config.dataset, unit="sample", disable=config.quiet, leave=None) as progress:

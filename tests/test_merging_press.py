@@ -62,6 +62,7 @@ def test_defaults_and_their_order():
         ("tile_bytes", 0, ValueError),
         ("tile_bytes", 1e6, TypeError),
         ("kernel", "cuda", ValueError),
+        ("record_pairs", 1, TypeError),
     ],
 )
 def test_a_wrong_field_is_an_error_that_names_it_at_construction_and_when_set(field, value, error):
@@ -188,7 +189,8 @@ def test_nothing_is_read_back_from_the_device_until_the_report_is():
         layer_idx, head_dim = 0, 16
 
     keys, values = (torch.empty(1, 2, 4096, 16, device="meta", dtype=torch.bfloat16) for _ in range(2))
-    press = MergingPress(FirstMetaPress(0.5), similarity_threshold=0.2, merge_fraction=0.9, max_merge_per_token=3)
+    gates = {"similarity_threshold": 0.2, "merge_fraction": 0.9, "max_merge_per_token": 3}
+    press = MergingPress(FirstMetaPress(0.5), **gates, record_pairs=True)
     merged_keys, merged_values = press.compress(
         Module(), torch.empty(1, 4096, 8, device="meta"), keys, values, None, {}
     )

@@ -1,6 +1,13 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""Merge what a kvpress press would throw away into what it keeps."""
+"""
+Merge what a kvpress press would throw away into what it keeps.
+
+`MergingPress` blends each evicted value into its most similar survivor, `AttentionMatchingPress` re-fits the survivors;
+both wrap any press that evicts positions, and go wherever a press goes. `MergeOnEvictPress` is what both are made of,
+for a merge rule of one's own, whose `fold` is given an `Eviction`. `MergeReport` tells what was merged, and
+`kvpress_merging.registry.PRESS_REGISTRY` has the wrapped presses of kvpress's evaluation by name.
+"""
 
 from kvpress_merging.attention_matching_press import AttentionMatchingPress
 from kvpress_merging.eviction import Eviction

@@ -79,10 +79,21 @@ class AttentionMatchingPress(MergeOnEvictPress):
 
     Examples
     --------
-    >>> from kvpress import SnapKVPress
+    >>> import torch
+    >>> from kvpress import KnormPress
     >>> from kvpress_merging import AttentionMatchingPress
-    >>> AttentionMatchingPress(SnapKVPress(0.5), n_queries=64).n_queries
-    64
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ... )
+    >>> model, cache = LlamaForCausalLM(config), DynamicCache()
+    >>> press = AttentionMatchingPress(KnormPress(compression_ratio=0.5), n_queries=64)
+    >>> with torch.no_grad(), press(model):
+    ...     _ = model(torch.arange(40)[None], past_key_values=cache)
+    >>> cache.get_seq_length()
+    20
+    >>> press.report.to_frame()["heads"].tolist()  # that lost positions; "heads_fitted" of them took the fit
+    [2, 2]
     """
 
     n_queries: int = 128
@@ -107,7 +118,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
                 raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
 
     @torch.no_grad()
-    def observe(self, module: nn.Module, kwargs: dict, is_prefill: bool) -> None:
+    def observe(self, module: nn.Module, kwargs: dict[str, Any], is_prefill: bool) -> None:
         """Keep the queries of a prefill, sampled, and the last tokens of what follows."""
         hidden_states = kwargs["hidden_states"]
         if is_prefill or module not in self._queries:
@@ -125,7 +136,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
         kept_keys: torch.Tensor,
         kept_values: torch.Tensor,
         eviction: Eviction,
-        kwargs: dict,
+        kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Re-fit; see the class. Where a press pruned channels of the survivors' keys, only values are fitted."""
         if module in self._queries:
@@ -166,7 +177,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
         return prerope_queries(module, hidden_states[:, positions])
 
 
-def _rotation_at(module: nn.Module, kwargs: dict, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotation_at(module: nn.Module, kwargs: dict[str, Any], position: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of one position of a forward pass, each of shape ``(bsz or 1, rotary_dim)``."""
     if kwargs.get("position_embeddings") is None:
         raise ValueError(

@@ -39,6 +39,14 @@ class Eviction:
     keys_rewritten : bool
         Whether the press wrote new keys for the survivors (rotated anew, or with channels set to zero), so that what it
         left differs from the keys of the cache before the eviction.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kvpress_merging import Eviction
+    >>> eviction = Eviction.from_kept(torch.tensor([[[3, 0]]]), k_len=5)
+    >>> eviction.survivors, eviction.slots, eviction.evicted
+    (tensor([[[0, 3]]]), tensor([[[1, 0]]]), tensor([[[1, 2, 4]]]))
     """
 
     survivors: torch.Tensor

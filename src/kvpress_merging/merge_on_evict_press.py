@@ -47,6 +47,32 @@ class MergeOnEvictPress(PressWrapper):
     ------
     TypeError
         If ``press`` is not a press, merges already (anywhere inside), or evicts no positions.
+
+    Examples
+    --------
+    A rule that adds a share of the mean of what each head lost to all of its survivors, for presses that evict equally
+    many positions in all heads:
+
+    >>> from dataclasses import dataclass
+    >>> import torch
+    >>> from kvpress import KnormPress
+    >>> from kvpress_merging import MergeOnEvictPress
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> @dataclass
+    ... class MeanPress(MergeOnEvictPress):
+    ...     share: float = 0.1
+    ...
+    ...     def fold(self, module, hidden_states, keys, values, kept_keys, kept_values, eviction, kwargs):
+    ...         index = eviction.evicted.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1])
+    ...         return kept_keys, kept_values + self.share * values.gather(2, index).mean(dim=2, keepdim=True)
+    >>> config = LlamaConfig(
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ... )
+    >>> model, cache = LlamaForCausalLM(config), DynamicCache()
+    >>> with torch.no_grad(), MeanPress(KnormPress(0.5))(model):
+    ...     _ = model(torch.arange(40)[None], past_key_values=cache)
+    >>> cache.get_seq_length()
+    20
     """
 
     # Not fields: they are no part of a press's configuration.
@@ -73,7 +99,7 @@ class MergeOnEvictPress(PressWrapper):
         kept_keys: torch.Tensor,
         kept_values: torch.Tensor,
         eviction: Eviction,
-        kwargs: dict,
+        kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Fold what was evicted into the survivors: the one method that a merge rule has to write.
@@ -102,7 +128,7 @@ class MergeOnEvictPress(PressWrapper):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement fold")
 
-    def observe(self, module: nn.Module, kwargs: dict, is_prefill: bool) -> None:
+    def observe(self, module: nn.Module, kwargs: dict[str, Any], is_prefill: bool) -> None:
         """
         Look at a forward pass of ``module``, before the inner press does: for rules whose ``fold`` needs more later.
 
@@ -185,7 +211,7 @@ class MergeOnEvictPress(PressWrapper):
             yield
         except BaseException:
             remove(handles)
-            is_swallowed = False
+            is_swallowed: bool | None = False
             with _unchanged(seen), suppress(BaseException):
                 is_swallowed = inner.__exit__(*sys.exc_info())
             model.config._attn_implementation = attn_implementation
@@ -195,7 +221,9 @@ class MergeOnEvictPress(PressWrapper):
         remove(handles)
         self._exit(inner, seen)
 
-    def forward_hook(self, module: nn.Module, input: list[torch.Tensor], kwargs: dict, output: list) -> Any:
+    def forward_hook(
+        self, module: nn.Module, input: list[torch.Tensor], kwargs: dict[str, Any], output: list[Any]
+    ) -> Any:
         """Run the inner press's forward hook and merge what it evicted: for presses that call an inner press's hook."""
         self._observe(module, kwargs, {})
         return self._followed(self.press.forward_hook)(module, input, kwargs, output)
@@ -207,7 +235,7 @@ class MergeOnEvictPress(PressWrapper):
         keys: torch.Tensor,
         values: torch.Tensor,
         attentions: torch.Tensor,
-        kwargs: dict,
+        kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the inner press's ``compress`` and merge what it evicted: for presses that call their inner press's."""
         layer = OpenTensors(keys, values)
@@ -222,10 +250,12 @@ class MergeOnEvictPress(PressWrapper):
         self._run(run, module, layer, hidden_states, kwargs)
         return layer.result
 
-    def _followed(self, hook: Callable, others: Mapping[nn.Module, Cache] | None = None) -> Callable:
+    def _followed(
+        self, hook: Callable[..., Any], others: Mapping[nn.Module, Cache] | None = None
+    ) -> Callable[..., Any]:
         """Follow what a hook does to its own layer, and at prefill to ``others``."""
 
-        def followed_hook(module: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
+        def followed_hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             cache = kwargs.get("past_key_values")
             if cache is None or getattr(module, "is_sliding", False) or not is_followed(cache.layers[module.layer_idx]):
                 return hook(module, args, kwargs, output)
@@ -236,7 +266,7 @@ class MergeOnEvictPress(PressWrapper):
                 nonlocal result
                 result = hook(module, args, kwargs, output)
 
-            run_all: Callable = run
+            run_all: Callable[..., Any] = run
             if layer_length(cache.layers[module.layer_idx]) == kwargs["hidden_states"].shape[1]:  # at prefill
                 run_all = partial(self._run_over, run, {m: c for m, c in (others or {}).items() if m is not module})
             layer = open_layer(cache, module.layer_idx)  # type: ignore[arg-type]
@@ -246,10 +276,12 @@ class MergeOnEvictPress(PressWrapper):
 
         return followed_hook
 
-    def _followed_around(self, hook: Callable, seen: Mapping[nn.Module, Cache], inside: set[nn.Module]) -> Callable:
+    def _followed_around(
+        self, hook: Callable[..., Any], seen: Mapping[nn.Module, Cache], inside: set[nn.Module]
+    ) -> Callable[..., Any]:
         """Follow what a hook on a module with attention layers ``inside`` does to these."""
 
-        def followed_hook(module: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
+        def followed_hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             result = output
 
             def run() -> None:
@@ -261,7 +293,7 @@ class MergeOnEvictPress(PressWrapper):
 
         return followed_hook
 
-    def _run_over(self, run: Callable, layers: dict[nn.Module, Cache]) -> None:
+    def _run_over(self, run: Callable[..., Any], layers: dict[nn.Module, Cache]) -> None:
         """Let the inner press work on several open layers and merge, or put everything back."""
         for module, cache in layers.items():
             run = partial(self._run, run, module, open_layer(cache, module.layer_idx), None, {})  # type: ignore[arg-type]
@@ -270,7 +302,12 @@ class MergeOnEvictPress(PressWrapper):
             self._states[module].k_len = layer_length(cache.layers[module.layer_idx])  # type: ignore[index]
 
     def _run(
-        self, run: Callable, module: nn.Module, layer: OpenLayer, hidden_states: torch.Tensor | None, kwargs: dict
+        self,
+        run: Callable[..., Any],
+        module: nn.Module,
+        layer: OpenLayer,
+        hidden_states: torch.Tensor | None,
+        kwargs: dict[str, Any],
     ) -> None:
         """Let the inner press work on an open layer and merge, or put everything back."""
         masked_before = masks_of(module)
@@ -283,7 +320,7 @@ class MergeOnEvictPress(PressWrapper):
             if not is_same(masks_of(module), masked_before):
                 module.masked_key_indices = masked_before  # type: ignore[assignment]
             for press, ratio in ratios:
-                press.compression_ratio = ratio
+                press.compression_ratio = ratio  # type: ignore[attr-defined]
             raise
 
     def _exit(self, inner: Any, seen: dict[nn.Module, Cache]) -> None:
@@ -322,7 +359,7 @@ class MergeOnEvictPress(PressWrapper):
         self._states[module] = LayerState(context_length=k_len, k_len=k_len)
         self.report.start(int(module.layer_idx))  # type: ignore[arg-type]
 
-    def _observe(self, module: nn.Module, kwargs: dict, seen: dict[nn.Module, Cache]) -> None:
+    def _observe(self, module: nn.Module, kwargs: dict[str, Any], seen: dict[nn.Module, Cache]) -> None:
         """Note a forward pass of ``module``, after its attention and before the inner press."""
         cache = kwargs.get("past_key_values")
         if cache is None or getattr(module, "is_sliding", False) or not is_followed(cache.layers[module.layer_idx]):
@@ -340,7 +377,7 @@ class MergeOnEvictPress(PressWrapper):
         seen[module] = cache
         self.observe(module, kwargs, is_prefill)
 
-    def _check_forward(self, module: nn.Module, args: Any, kwargs: dict) -> None:
+    def _check_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Refuse to go on with a cache that was cut back under masks that reach beyond it."""
         cache, state = kwargs.get("past_key_values"), self._states.get(module)
         if cache is None or state is None or int(module.layer_idx) >= len(cache.layers):  # type: ignore[arg-type]
@@ -366,7 +403,7 @@ class MergeOnEvictPress(PressWrapper):
         layer: OpenLayer,
         masked_before: Any,
         hidden_states: torch.Tensor | None,
-        kwargs: dict,
+        kwargs: dict[str, Any],
         limit: int | None,
     ) -> None:
         """Commit what the press left, with the survivors of a new eviction merged into."""

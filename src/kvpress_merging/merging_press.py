@@ -54,6 +54,9 @@ class MergingPress(MergeOnEvictPress):
         Which implementation searches: ``"torch"``; ``"triton"``, a fused kernel for GPUs (a ``ValueError`` at the
         first eviction where it cannot run); or ``"auto"``, which takes the second on CUDA where Triton is installed and
         a small trial, made once, agrees with the first.
+    record_pairs : bool, keyword-only, default=False
+        Keep, on the device, which evicted position went to which survivor, for ``report.merges`` and ``report.plot``:
+        16 bytes per evicted position and KV head of each layer, until its next prefill.
 
     Raises
     ------
@@ -62,11 +65,23 @@ class MergingPress(MergeOnEvictPress):
 
     Examples
     --------
+    A model as small as can be, with random weights; any that kvpress supports will do:
+
+    >>> import torch
     >>> from kvpress import KnormPress
     >>> from kvpress_merging import MergingPress
-    >>> MergingPress(KnormPress(0.5), similarity_threshold=0.3)
-    MergingPress(press=KnormPress(compression_ratio=0.5), similarity_threshold=0.3, merge_keys=False, \
-value_norm_weighting=True, max_merge_per_token=0, merge_fraction=1.0)
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ... )
+    >>> model, cache = LlamaForCausalLM(config), DynamicCache()
+    >>> press = MergingPress(KnormPress(compression_ratio=0.5), similarity_threshold=0.3)
+    >>> with torch.no_grad(), press(model):
+    ...     _ = model(torch.arange(40)[None], past_key_values=cache)
+    >>> cache.get_seq_length()
+    20
+    >>> press.report.to_frame()["evicted"].tolist()  # per layer, from both of its heads
+    [40, 40]
     """
 
     similarity_threshold: float = 0.0
@@ -76,6 +91,7 @@ value_norm_weighting=True, max_merge_per_token=0, merge_fraction=1.0)
     merge_fraction: float = 1.0
     tile_bytes: int = field(default=DEFAULT_TILE_BYTES, kw_only=True, repr=False)
     kernel: str = field(default="auto", kw_only=True, repr=False)
+    record_pairs: bool = field(default=False, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if self.merge_keys and rotates_keys(self.press):
@@ -89,7 +105,7 @@ value_norm_weighting=True, max_merge_per_token=0, merge_fraction=1.0)
                 raise ValueError(f"similarity_threshold must be in [0, 1], got {value!r}")
             if name == "merge_fraction" and not 0 < value <= 1:
                 raise ValueError(f"merge_fraction must be in (0, 1], got {value!r}")
-        elif name in ("merge_keys", "value_norm_weighting"):
+        elif name in ("merge_keys", "value_norm_weighting", "record_pairs"):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         elif name in ("max_merge_per_token", "tile_bytes"):
@@ -107,7 +123,7 @@ value_norm_weighting=True, max_merge_per_token=0, merge_fraction=1.0)
         kept_keys: torch.Tensor,
         kept_values: torch.Tensor,
         eviction: Eviction,
-        kwargs: dict,
+        kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Blend; see the class. Similarities are those of ``keys``, also where the press rotated the survivors'
         anew."""
@@ -129,10 +145,11 @@ value_norm_weighting=True, max_merge_per_token=0, merge_fraction=1.0)
         )
         self.report.record_merges(
             int(module.layer_idx),  # type: ignore[arg-type]
+            eviction,
             blend.similarity,
             blend.weight,
             blend.target,
-            eviction.survivors.shape[-1],
+            keep_pairs=self.record_pairs,
         )
         return blend.keys, blend.values
 

@@ -148,3 +148,19 @@ PRESS_REGISTRY = PressRegistry(
         for name, make in sorted((PREFILL_PRESSES | _NAMED_APART).items())
     }
 )
+"""
+A :class:`PressRegistry` of the prefill presses of kvpress's evaluation that evict positions: ``merging_<name>`` wraps
+the press that goes by ``<name>`` there in a MergingPress, ``matching_<name>`` in an AttentionMatchingPress.
+
+Each look-up makes a new press, with the settings that it has there. A KeyError for a name that is not in it.
+``merging_expected_attention`` and ``merging_kvzap_mlp``, names that kvpress has already, wrap the bare scorers, as
+there.
+
+Examples
+--------
+>>> from kvpress_merging import PRESS_REGISTRY
+>>> press = PRESS_REGISTRY["merging_adakv_snapkv"]
+>>> press.compression_ratio = 0.5
+>>> type(press).__name__, type(press.press).__name__
+('MergingPress', 'AdaKVPress')
+"""

@@ -4,68 +4,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvpress_merging.eviction import Eviction
+from kvpress_merging.layer_report import LayerReport
+from kvpress_merging.pairs import COLUMNS, Pairs
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# Evictions of one layer whose figures are kept apart before they are joined: while decoding there may be one per token.
-_MOST_PARTS = 64
-
-
-@dataclass
-class LayerReport:
-    """The figures of one layer since its last prefill, as they lie on the device."""
-
-    n_survivors: int = 0
-    n_evicted: int = 0
-    similarities: list[torch.Tensor] = field(default_factory=list)
-    weights: list[torch.Tensor] = field(default_factory=list)
-    most_merges: list[torch.Tensor] = field(default_factory=list)
-    fits: list[torch.Tensor] = field(default_factory=list)
-    has_lost: list[bool] = field(default_factory=list)
-
-    def add(self, similarity: torch.Tensor, weight: torch.Tensor, most_merges: torch.Tensor) -> None:
-        self.similarities.append(similarity.flatten())
-        self.weights.append(weight.flatten())
-        self.most_merges.append(most_merges.flatten())
-        if len(self.weights) > _MOST_PARTS:
-            self.similarities = [torch.cat(self.similarities)]
-            self.weights = [torch.cat(self.weights)]
-            self.most_merges = [torch.cat(self.most_merges).amax(dim=0, keepdim=True)]
-
-    def summary(self) -> dict[str, Any]:
-        """Read the figures from the device."""
-        row: dict[str, Any] = {"kept": self.n_survivors, "evicted": self.n_evicted, "merged": 0}
-        row |= dict.fromkeys(("similarity_mean", "similarity_q05", "similarity_q50", "bound_mean"))
-        row["most_merges"] = 0
-        if self.fits:
-            fits = torch.cat(self.fits, dim=1).double().cpu()[:, torch.tensor(self.has_lost)]
-            is_fitted, error_before, error_after = fits
-            row["heads"], row["heads_fitted"] = len(is_fitted), int(is_fitted.sum())
-            row["error_before"] = float(error_before.mean())
-            # What a head is left with: the fit's error where it took the fit.
-            row["error_after"] = float(torch.where(is_fitted > 0, error_after, error_before).mean())
-        if not self.weights:
-            return row
-        weight = torch.cat(self.weights)
-        is_merged = weight > 0
-        similarity = torch.cat(self.similarities)[is_merged].double()
-        bound = 1 / (1 + weight[is_merged].double())
-        row["merged"] = int(is_merged.sum())
-        if row["merged"]:
-            # torch.quantile takes at most 2**24 elements
-            ranked = similarity.sort().values
-            row["similarity_mean"] = float(similarity.mean())
-            row["similarity_q05"], row["similarity_q50"] = (_quantile(ranked, q) for q in (0.05, 0.5))
-            row["bound_mean"] = float(bound.mean())
-            row["most_merges"] = int(torch.cat(self.most_merges).max())
-        return row
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
 
 
 class MergeReport:
@@ -91,23 +41,68 @@ class MergeReport:
       took the fit;
     - ``error_before``, ``error_after``: their mean squared error of the attention output over reference queries,
       relative to the output's, as eviction leaves it and as it is left in the end.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from kvpress import KnormPress
+    >>> from kvpress_merging import MergingPress
+    >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ... )
+    >>> model, cache = LlamaForCausalLM(config), DynamicCache()
+    >>> press = MergingPress(KnormPress(0.5), record_pairs=True)
+    >>> press.report
+    0 layers, nothing evicted
+    >>> with torch.no_grad(), press(model):
+    ...     _ = model(torch.arange(40)[None], past_key_values=cache)
+    >>> print(press.report)  # doctest: +ELLIPSIS
+    2 layers: 80 positions evicted, ... merged (...) into 80 kept; mean similarity ...
+    >>> press.report.to_frame()["kept"].tolist()
+    [40, 40]
+    >>> list(press.report.merges(layer_idx=1).columns)
+    ['eviction', 'batch', 'head', 'evicted', 'survivor', 'similarity', 'weight']
     """
 
     def __init__(self) -> None:
         self._layers: dict[int, LayerReport] = {}
 
     def start(self, layer_idx: int) -> None:
-        """Forget a layer: it is prefilled anew."""
+        """
+        Forget a layer: it is prefilled anew.
+
+        Parameters
+        ----------
+        layer_idx : int
+            The layer.
+        """
         self._layers[layer_idx] = LayerReport()
 
     def record(self, layer_idx: int, eviction: Eviction) -> None:
-        """Note an eviction."""
+        """
+        Note an eviction, whatever becomes of what it evicted.
+
+        Parameters
+        ----------
+        layer_idx : int
+            The layer.
+        eviction : Eviction
+            What was evicted.
+        """
         layer = self._layers.setdefault(layer_idx, LayerReport())
         layer.n_survivors = eviction.n_survivors
         layer.n_evicted += eviction.n_evicted
 
     def record_merges(
-        self, layer_idx: int, similarity: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, n_survivors: int
+        self,
+        layer_idx: int,
+        eviction: Eviction,
+        similarity: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        keep_pairs: bool = False,
     ) -> None:
         """
         Note what one eviction merged.
@@ -116,18 +111,24 @@ class MergeReport:
         ----------
         layer_idx : int
             The layer.
+        eviction : Eviction
+            What was evicted.
         similarity, weight : torch.Tensor
             Per evicted position, float32, shape ``(bsz, num_key_value_heads, n_evicted)``; weight 0 where not merged.
         target : torch.Tensor
-            The survivor's index, int64, same shape.
-        n_survivors : int
-            Number of survivors that a head has at most.
+            Index into ``eviction.survivors``, int64, same shape.
+        keep_pairs : bool
+            Whether to keep what :meth:`merges` and :meth:`plot` tell: 16 bytes per evicted position and head.
         """
         # A head without survivors merges nothing, and its targets are all 0.
-        merges = torch.zeros(*target.shape[:2], max(1, n_survivors), dtype=torch.int64, device=target.device)
+        merges = torch.zeros(
+            *target.shape[:2], max(1, eviction.survivors.shape[-1]), dtype=torch.int64, device=target.device
+        )
         merges.scatter_add_(-1, target, (weight > 0).long())
         layer = self._layers.setdefault(layer_idx, LayerReport())
         layer.add(similarity, weight, merges.amax())
+        if keep_pairs:
+            layer.pairs.append(Pairs.of(eviction, similarity, weight, target))
 
     def record_fit(
         self,
@@ -152,24 +153,134 @@ class MergeReport:
             Relative squared errors of eviction and of the fit, float32, same shape.
         """
         layer = self._layers.setdefault(layer_idx, LayerReport())
-        layer.fits.append(torch.stack([is_fitted.float(), error_before, error_after]).flatten(1))
-        if eviction.counts is None:
-            layer.has_lost += [True] * is_fitted.numel()
-        else:
-            layer.has_lost += [n_evicted > 0 for _, n_evicted in eviction.counts]
-        if len(layer.fits) > _MOST_PARTS:
-            layer.fits = [torch.cat(layer.fits, dim=1)]
+        layer.add_fits(eviction, torch.stack([is_fitted.float(), error_before, error_after]).flatten(1))
 
     def to_dict(self) -> dict[int, dict[str, Any]]:
-        """One dict of figures per layer, by layer index."""
+        """One dict of figures per layer, by layer index; see the class for their names."""
         return {layer_idx: self._layers[layer_idx].summary() for layer_idx in sorted(self._layers)}
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per layer, indexed by ``layer``."""
+        """The same as a pandas DataFrame: one row per layer, indexed by ``layer``."""
         import pandas as pd
 
         frame = pd.DataFrame.from_dict(self.to_dict(), orient="index")
         return frame.rename_axis(index="layer")
+
+    def merges(self, layer_idx: int) -> pd.DataFrame:
+        """
+        Which evicted position of a layer went to which survivor, and how much of it.
+
+        Parameters
+        ----------
+        layer_idx : int
+            The layer. Its press must have had ``record_pairs=True``, see :class:`~kvpress_merging.MergingPress`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per evicted position, in the order of
+
+            - ``eviction``: 0 for the first since the prefill, 1 for the next, ...;
+            - ``batch``, ``head``: batch row and KV head;
+            - ``evicted``: the position. At the first eviction positions are those of the tokens, later on those in
+              what earlier evictions left;
+
+            and with
+
+            - ``survivor``: position of the survivor with the most similar key; -1 where no survivor may be merged into;
+            - ``similarity``: their keys' cosine, -inf where there is no such survivor;
+            - ``weight``: ``w`` in the blend, 0 where the evicted position was not merged but forgotten.
+
+        Raises
+        ------
+        ValueError
+            If the layer was not seen, its pairs were not recorded, or it was re-fitted, which knows no pairs.
+        """
+        import pandas as pd
+
+        layer = self._layers.get(layer_idx)
+        if layer is None:
+            seen = ", ".join(map(str, sorted(self._layers))) or "none yet"
+            raise ValueError(f"layer_idx must be a layer that the press has seen ({seen}), got {layer_idx!r}")
+        if layer.fits:
+            raise ValueError(
+                "a re-fit moves all survivors of a head together, so there are no pairs to show: "
+                "plot_layers() and to_frame() tell what it did"
+            )
+        if layer.n_evicted and not layer.pairs:
+            raise ValueError(
+                f"the pairs of layer {layer_idx} were not recorded: make the press with record_pairs=True, "
+                "MergingPress(..., record_pairs=True), and prefill again"
+            )
+        frames = [pairs.to_frame(number) for number, pairs in enumerate(layer.pairs)]
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
+
+    def plot(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        input_ids: torch.Tensor,
+        layer_idx: int,
+        head: int = 0,
+        *,
+        batch: int = 0,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Figure:
+        """
+        Draw over the tokens what the first eviction since the prefill merged into what, for one layer and head.
+
+        An arc goes from each merged token to the survivor that took it in: its colour is the similarity, its width the
+        weight. Bars say how much weight each survivor took in; survivors' tokens are bold, and a cross marks tokens
+        that were forgotten.
+
+        Parameters
+        ----------
+        tokenizer : PreTrainedTokenizerBase
+            Turns the ids into words.
+        input_ids : torch.Tensor
+            What was prefilled, int64, shape ``(bsz, k_len)``, or ``(k_len,)`` for a batch of one.
+        layer_idx, head, batch : int
+            Layer, KV head and batch row.
+        start, stop : int
+            The positions to draw, by default up to 80 from ``start`` on. Arcs that leave them are cut off.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            The notebook shows it; ``figure.savefig("merges.png")`` writes it.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is missing.
+        ValueError
+            As :meth:`merges`; also if there is no such head, batch row or stretch of positions, or ``input_ids`` is
+            shorter than what was prefilled.
+        """
+        from kvpress_merging.plots import plot_merges
+
+        return plot_merges(self.merges(layer_idx), tokenizer, input_ids, layer_idx, head, batch, start, stop)
+
+    def plot_layers(self) -> Figure:
+        """
+        Draw the figures of :meth:`to_frame`, layer by layer.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            For a blend: how many evicted positions were merged, how similar they were, and the perturbation bound. For
+            a re-fit: how many heads took it, and the error of the attention output before and after.
+
+        Raises
+        ------
+        ImportError
+            If matplotlib is missing.
+        ValueError
+            If nothing was evicted.
+        """
+        from kvpress_merging.plots import plot_layers
+
+        return plot_layers(self.to_frame())
 
     def __str__(self) -> str:
         rows = list(self.to_dict().values())
@@ -204,11 +315,3 @@ class MergeReport:
 
 def _weighted_mean(rows: list[dict[str, Any]], name: str) -> float:
     return sum(row[name] * row["merged"] for row in rows if row["merged"]) / sum(row["merged"] for row in rows)
-
-
-def _quantile(ranked: torch.Tensor, q: float) -> float:
-    """The quantile of a sorted vector, interpolated linearly as ``torch.quantile`` does."""
-    position = q * (len(ranked) - 1)
-    low = int(position)
-    high = min(low + 1, len(ranked) - 1)
-    return float(ranked[low] + (ranked[high] - ranked[low]) * (position - low))

@@ -94,7 +94,7 @@ class PressWrapper(BasePress):
             return
         object.__setattr__(self, name, value)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), {f.name: getattr(self, f.name) for f in fields(type(self)) if f.init})
 
     def _check_field(self, name: str, value: Any) -> None:
@@ -108,11 +108,11 @@ class PressWrapper(BasePress):
     def compression_ratio(self) -> float:
         """The inner press's, read and written through; what it raises where it is read-only or not known yet is
         raised."""
-        return self.press.compression_ratio
+        return self.press.compression_ratio  # type: ignore[attr-defined]
 
     @compression_ratio.setter
     def compression_ratio(self, value: float) -> None:
-        self.press.compression_ratio = value
+        self.press.compression_ratio = value  # type: ignore[attr-defined]
 
     def score(self, *args: Any, **kwargs: Any) -> Any:
         """

@@ -1,0 +1,84 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of one layer, collected on its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvpress_merging.eviction import Eviction
+from kvpress_merging.pairs import Pairs
+
+# Evictions of one layer whose figures are kept apart before they are joined: while decoding there may be one per token.
+_MOST_PARTS = 64
+
+
+@dataclass
+class LayerReport:
+    """The figures of one layer since its last prefill, as they lie on the device; see :class:`MergeReport`."""
+
+    n_survivors: int = 0
+    n_evicted: int = 0
+    similarities: list[torch.Tensor] = field(default_factory=list)
+    weights: list[torch.Tensor] = field(default_factory=list)
+    most_merges: list[torch.Tensor] = field(default_factory=list)
+    fits: list[torch.Tensor] = field(default_factory=list)
+    has_lost: list[bool] = field(default_factory=list)
+    pairs: list[Pairs] = field(default_factory=list)
+
+    def add(self, similarity: torch.Tensor, weight: torch.Tensor, most_merges: torch.Tensor) -> None:
+        self.similarities.append(similarity.flatten())
+        self.weights.append(weight.flatten())
+        self.most_merges.append(most_merges.flatten())
+        if len(self.weights) > _MOST_PARTS:
+            self.similarities = [torch.cat(self.similarities)]
+            self.weights = [torch.cat(self.weights)]
+            self.most_merges = [torch.cat(self.most_merges).amax(dim=0, keepdim=True)]
+
+    def add_fits(self, eviction: Eviction, fits: torch.Tensor) -> None:
+        self.fits.append(fits)
+        if eviction.counts is None:
+            self.has_lost += [True] * fits.shape[1]
+        else:
+            self.has_lost += [n_evicted > 0 for _, n_evicted in eviction.counts]
+        if len(self.fits) > _MOST_PARTS:
+            self.fits = [torch.cat(self.fits, dim=1)]
+
+    def summary(self) -> dict[str, Any]:
+        """Read the figures from the device."""
+        row: dict[str, Any] = {"kept": self.n_survivors, "evicted": self.n_evicted, "merged": 0}
+        row |= dict.fromkeys(("similarity_mean", "similarity_q05", "similarity_q50", "bound_mean"))
+        row["most_merges"] = 0
+        if self.fits:
+            fits = torch.cat(self.fits, dim=1).double().cpu()[:, torch.tensor(self.has_lost)]
+            is_fitted, error_before, error_after = fits
+            row["heads"], row["heads_fitted"] = len(is_fitted), int(is_fitted.sum())
+            row["error_before"] = float(error_before.mean())
+            # What a head is left with: the fit's error where it took the fit.
+            row["error_after"] = float(torch.where(is_fitted > 0, error_after, error_before).mean())
+        if not self.weights:
+            return row
+        weight = torch.cat(self.weights)
+        is_merged = weight > 0
+        similarity = torch.cat(self.similarities)[is_merged].double()
+        bound = 1 / (1 + weight[is_merged].double())
+        row["merged"] = int(is_merged.sum())
+        if row["merged"]:
+            # torch.quantile takes at most 2**24 elements
+            ranked = similarity.sort().values
+            row["similarity_mean"] = float(similarity.mean())
+            row["similarity_q05"], row["similarity_q50"] = (_quantile(ranked, q) for q in (0.05, 0.5))
+            row["bound_mean"] = float(bound.mean())
+            row["most_merges"] = int(torch.cat(self.most_merges).max())
+        return row
+
+
+def _quantile(ranked: torch.Tensor, q: float) -> float:
+    """The quantile of a sorted vector, interpolated linearly as ``torch.quantile`` does."""
+    position = q * (len(ranked) - 1)
+    low = int(position)
+    high = min(low + 1, len(ranked) - 1)
+    return float(ranked[low] + (ranked[high] - ranked[low]) * (position - low))
