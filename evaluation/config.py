@@ -27,7 +27,6 @@ PRESS_FIELDS = (
     "merge_fraction",
     "n_queries",
     "key_ridge",
-    "value_ridge",
 )
 """Settings that are fields of our presses, by the same names."""
 
@@ -160,9 +159,6 @@ class EvaluationConfig:
     )
     key_ridge: float | None = field(
         default=None, metadata={"help": "matching presses: how strongly keys are held where they were, above 0"}
-    )
-    value_ridge: float | None = field(
-        default=None, metadata={"help": "matching presses: how strongly values are held where they were, above 0"}
     )
 
     tasks: list[str] | None = field(

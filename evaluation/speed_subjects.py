@@ -125,7 +125,6 @@ def _re_fit(inputs: Inputs, tile_bytes: int) -> Call:
         queries,
         Eviction.from_kept(inputs.kept, cell.k_len),
         key_ridge=0.1,
-        value_ridge=0.03,
     )
 
 

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """AttentionMatchingPress: its fields, around every press, and what it promises of each."""
 
+import contextlib
 import copy
 import dataclasses
+import math
 import pickle
 
 import pytest
@@ -29,8 +31,6 @@ from kvpress_merging.kernels import match as match_module
 
 N_CONTEXT = 96
 AT_PREFILL = [name for name, case in CASES.items() if case.moment != "decoding"]
-# So strong that nothing moves: what is left is what the inner press left, read, fitted and written back.
-RIGID = {"key_ridge": 1e12, "value_ridge": 1e12}
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,12 @@ def llama(tmp_path_factory):
     return model
 
 
-@pytest.fixture(autouse=True)
-def most_error(monkeypatch):
-    """Random layers have less in common than those of a text: let a head take a fit that gains a fifth."""
-    monkeypatch.setattr(match_module, "_MOST_ERROR", 0.8)
+@contextlib.contextmanager
+def most_error(share: float):
+    """Have heads take fits that leave so much of eviction's error: with 0 none, with infinity any."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(match_module, "_MOST_ERROR", share)
+        yield
 
 
 def input_ids_for(case, bsz: int = 1, length: int = N_CONTEXT) -> torch.Tensor:
@@ -69,13 +71,12 @@ def heads_of(report) -> tuple[int, int]:
 
 
 def test_defaults_and_their_order():
-    press = AttentionMatchingPress(KnormPress(0.5), 64, 0.5, 0.25)
-    assert (press.n_queries, press.key_ridge, press.value_ridge) == (64, 0.5, 0.25)
+    press = AttentionMatchingPress(KnormPress(0.5), 64, 0.5)
+    assert (press.n_queries, press.key_ridge) == (64, 0.5)
     default = AttentionMatchingPress(KnormPress(0.5))
-    assert (default.n_queries, default.key_ridge, default.value_ridge) == (128, 0.1, 0.03)
+    assert (default.n_queries, default.key_ridge) == (128, 0.1)
     assert repr(default) == (
-        "AttentionMatchingPress(press=KnormPress(compression_ratio=0.5), "
-        "n_queries=128, key_ridge=0.1, value_ridge=0.03)"
+        "AttentionMatchingPress(press=KnormPress(compression_ratio=0.5), n_queries=128, key_ridge=0.1)"
     )
 
 
@@ -88,9 +89,9 @@ def test_defaults_and_their_order():
         ("key_ridge", 0, ValueError),
         ("key_ridge", float("inf"), ValueError),
         ("key_ridge", "0.1", TypeError),
-        ("value_ridge", -1.0, ValueError),
-        ("value_ridge", float("nan"), ValueError),
-        ("value_ridge", None, TypeError),
+        ("key_ridge", -1.0, ValueError),
+        ("key_ridge", float("nan"), ValueError),
+        ("key_ridge", None, TypeError),
     ],
 )
 def test_a_wrong_field_is_an_error_that_names_it_at_construction_and_when_set(field, value, error):
@@ -135,18 +136,19 @@ def test_copies_of_a_press_are_equal_to_it(llama):
 def test_survivors_are_those_of_the_bare_press_and_heads_are_fitted(name, llama):
     case, model, input_ids = set_up(name, llama)
     bare = run(model, case.make(), input_ids)
-    rigid = run(model, AttentionMatchingPress(case.make(), **RIGID), input_ids)
+    with most_error(0):
+        unfitted = run(model, AttentionMatchingPress(case.make()), input_ids)
     press = AttentionMatchingPress(case.make())
     fitted = run(model, press, input_ids)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in attention_modules(model))
     heads, heads_fitted = heads_of(press.report)
-    assert heads_fitted >= 0.5 * heads > 0
+    assert heads_fitted >= 0.25 * heads > 0  # random layers have less in common than those of a text
     moved = 0
-    for layer_bare, layer_rigid, layer in zip(bare, rigid, fitted, strict=True):
+    for layer_bare, layer_unfitted, layer in zip(bare, unfitted, fitted, strict=True):
         assert torch.equal(layer.is_masked, layer_bare.is_masked)
         for ours, unmoved, theirs in (
-            (layer.keys, layer_rigid.keys, layer_bare.keys),
-            (layer.values, layer_rigid.values, layer_bare.values),
+            (layer.keys, layer_unfitted.keys, layer_bare.keys),
+            (layer.values, layer_unfitted.values, layer_bare.values),
         ):
             assert ours.shape == theirs.shape
             assert ours.dtype == theirs.dtype
@@ -190,11 +192,17 @@ def test_restore_tokens_are_left_as_they_are(llama):
 
 
 def test_pruned_channels_stay_pruned(llama):
-    press = AttentionMatchingPress(ComposedPress([KnormPress(0.5), ThinKPress(0.5)]))
-    bare = run(llama, ComposedPress([KnormPress(0.5), ThinKPress(0.5)]), input_ids_for(CASES["Knorm"]))
-    fitted = run(llama, press, input_ids_for(CASES["Knorm"]))
+    def make():
+        return ComposedPress([KnormPress(0.5), ThinKPress(0.5)])
+
+    bare = run(llama, make(), input_ids_for(CASES["Knorm"]))
+    with most_error(math.inf):
+        fitted = run(llama, AttentionMatchingPress(make()), input_ids_for(CASES["Knorm"]))
     for layer_bare, layer in zip(bare, fitted):
-        assert torch.equal(layer.keys, layer_bare.keys)
+        is_pruned = (layer_bare.keys == 0).all(dim=2)
+        assert is_pruned.sum(dim=-1).eq(layer_bare.keys.shape[-1] // 2).all()
+        assert torch.equal((layer.keys == 0).all(dim=2), is_pruned)
+        assert not torch.equal(layer.keys, layer_bare.keys)
         assert not torch.equal(layer.values, layer_bare.values)
 
 
@@ -206,7 +214,8 @@ def test_every_family_is_fitted(family, attn_implementation):
     press = AttentionMatchingPress(KnormPress(0.5))
     input_ids = input_ids_for(CASES["Knorm"], bsz=2)
     bare = run(model, KnormPress(0.5), input_ids)
-    fitted = run(model, press, input_ids)
+    with most_error(math.inf):
+        fitted = run(model, press, input_ids)
     assert press.report.to_dict()
     for module, layer_bare, layer in zip(attention_modules(model), bare, fitted):
         is_sliding = getattr(module, "is_sliding", False)
@@ -227,20 +236,21 @@ def test_half_precision_stays_finite_and_in_its_dtype(dtype):
 @pytest.mark.parametrize("name", ["Knorm", "AdaKV", "KVzip"])
 def test_a_quantized_cache_is_fitted(name, backend, llama):
     case, model, input_ids = set_up(name, llama)
-    cache, rigid_cache = quantized(model, backend), quantized(model, backend)
+    cache, unfitted_cache = quantized(model, backend), quantized(model, backend)
     press = AttentionMatchingPress(case.make())
     fitted = prefill(model, press, input_ids, cache)
-    rigid = prefill(model, AttentionMatchingPress(case.make(), **RIGID), input_ids, rigid_cache)
+    with most_error(0):
+        unfitted = prefill(model, AttentionMatchingPress(case.make()), input_ids, unfitted_cache)
     bare_cache = quantized(model, backend)
     bare = prefill(model, case.make(), input_ids, bare_cache)
     assert heads_of(press.report)[1] > 0
-    for layer_bare, layer_rigid, layer in zip(bare, rigid, fitted):
+    for layer_bare, layer_unfitted, layer in zip(bare, unfitted, fitted):
         assert layer.keys.shape == layer_bare.keys.shape
         assert torch.equal(layer.is_masked, layer_bare.is_masked)
         assert layer.values.isfinite().all()
         # within a step of the quantizer
         step = 0.3 * layer_bare.keys.abs().max()
-        assert (layer_rigid.keys - layer_bare.keys).abs().max() < step
+        assert (layer_unfitted.keys - layer_bare.keys).abs().max() < step
     assert isinstance(dequantized(cache, attention_modules(model)[0]), Layer)
 
 

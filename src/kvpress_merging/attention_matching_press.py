@@ -50,16 +50,16 @@ class AttentionMatchingPress(MergeOnEvictPress):
     """
     Match attention on evict: shift the survivors' keys and values so that attention over them gives what it gave.
 
-    A few reference queries, made of the layer's own input and rotated to where the context ends, see in all keys
-    attention p and output O. Two ridge regressions let them see the same in the survivors: a small shift of each
-    survivor's key, by which it attracts the attention of the evicted positions most like it too, and then values that
-    give O under that attention. A head takes the fit only if that halves eviction's error on queries left out of it.
-    Which positions survive is the inner press's choice alone. See
+    A few reference queries are made of the layer's own input and rotated to where the context ends. Each evicted
+    position is counted to the survivor nearby that they see most alike. A ridge regression shifts each survivor's key
+    a little, so that it attracts what those counted to it did too, and its value becomes the mean of what it now stands
+    for, weighted by attention. A head takes the fit only if that rids it of a fifth of eviction's error on queries left
+    out of it. Which positions survive is the inner press's choice alone. See
     :func:`kvpress_merging.kernels.match.attention_match`.
 
     After "Fast KV Compaction via Attention Matching" (https://arxiv.org/abs/2602.16284), which fits a bias per key
-    where this shifts the key, so that no attention kernel has to change; KeepKV (https://arxiv.org/abs/2504.09936)
-    tells why the mass matters.
+    where this shifts the key, so that no attention kernel has to change, and values by regression where these are
+    means; KeepKV (https://arxiv.org/abs/2504.09936) tells why the mass matters.
 
     Parameters
     ----------
@@ -69,8 +69,6 @@ class AttentionMatchingPress(MergeOnEvictPress):
         Reference queries per KV head, each from a position of its own, at least 1. More fit better and cost more.
     key_ridge : float, default=0.1
         How strongly keys are held where they were, above 0, in units of the mean squared reference query.
-    value_ridge : float, default=0.03
-        How strongly values are held where they were, above 0, in units of attention squared.
 
     Raises
     ------
@@ -98,7 +96,6 @@ class AttentionMatchingPress(MergeOnEvictPress):
 
     n_queries: int = 128
     key_ridge: float = 0.1
-    value_ridge: float = 0.03
 
     # Not a field: it is no part of a press's configuration.
     _queries: ClassVar[WeakKeyDictionary[nn.Module, LayerQueries]]
@@ -112,7 +109,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
         super()._check_field(name, value)
         if name == "n_queries":
             check_int(name, value, least=1)
-        elif name in ("key_ridge", "value_ridge"):
+        elif name == "key_ridge":
             check_number(name, value)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
@@ -138,7 +135,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
         eviction: Eviction,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Re-fit; see the class. Where a press pruned channels of the survivors' keys, only values are fitted."""
+        """Re-fit; see the class. Where a press pruned channels of the survivors' keys, they stay pruned."""
         if module in self._queries:
             prerope = self._queries[module].queries(module)
             rotation = self._queries[module].rotation
@@ -148,8 +145,10 @@ class AttentionMatchingPress(MergeOnEvictPress):
             rotation = _rotation_at(module, kwargs, -1)
         assert rotation is not None
         queries = kept_queries = rotate(prerope, *rotation)
-        if eviction.keys_rewritten and rotates_keys(self.press):
-            kept_queries = rotate(prerope, *_rotation_at(module, kwargs, kept_keys.shape[2] - 1))
+        if eviction.keys_rewritten:
+            if rotates_keys(self.press):
+                kept_queries = rotate(prerope, *_rotation_at(module, kwargs, kept_keys.shape[2] - 1))
+            kept_queries = kept_queries * (kept_keys != 0).any(dim=2, keepdim=True)
 
         match = attention_match(
             keys,
@@ -160,8 +159,6 @@ class AttentionMatchingPress(MergeOnEvictPress):
             kept_queries.contiguous(),
             eviction,
             key_ridge=self.key_ridge,
-            value_ridge=self.value_ridge,
-            fit_keys=not eviction.keys_rewritten or rotates_keys(self.press),
         )
         self.report.record_fit(
             int(module.layer_idx),  # type: ignore[arg-type]

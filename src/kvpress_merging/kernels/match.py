@@ -27,7 +27,10 @@ from kvpress_merging.kernels.rows import (
 # Attention below this share is nothing: no key is asked to attract more than the reciprocal of it times its own.
 _LEAST_MASS = 1e-20
 # Share of eviction's error that a fit may leave on queries left out: what few queries say of others is uncertain.
-_MOST_ERROR = 0.5
+_MOST_ERROR = 0.8
+# In the mean that a survivor's value becomes, it counts as if it had this share of the attention on top of its own: one
+# that no reference query looks at stays nearly where it was.
+_LEAST_SHARE = 4e-4
 # No query is taken to decide its own fit by more than all but this: it bounds what leaving it out divides by.
 _LEAST_FREEDOM = 1e-3
 
@@ -67,8 +70,6 @@ def attention_match(
     eviction: Eviction,
     *,
     key_ridge: float,
-    value_ridge: float,
-    fit_keys: bool = True,
 ) -> Match:
     """
     Shift the survivors' keys and values so that reference queries see in them what they saw in all.
@@ -81,12 +82,12 @@ def attention_match(
        The logit of survivor j should then grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the i
        counted to j. The shift of its key that does so best is a ridge regression, ``D = (Q^T Q + a I)^-1 Q^T d_j``,
        one factorization for all survivors.
-    2. *values*. With the attention ``A`` that the survivors then get (in shares of the full cache's mass, not made to
-       add up to 1, since tokens to come share it with them), ``V' = V + A^T (A A^T + b I)^-1 (O - A V)``: a ridge
-       regression towards the values that were there.
-    3. *do no harm*. Both steps know in closed form what they would say of a query that they had not seen (leave one
-       out). ``A`` is made of such logits, and a head takes the fit only if the squared error of output and mass over
-       queries left out is at most half of eviction's.
+    2. *values*. What survivor j attracts now stands for all that was counted to it, so its value becomes the mean of
+       those values, each weighted by its mean attention from the reference queries:
+       ``v'_j = (m_j v_j + sum_i m_i v_i) / (m_j + sum_i m_i)``.
+    3. *do no harm*. What the others would say of each query's ``d_rj`` is known in closed form (leave one out). A head
+       takes the fit only if attention by those logits leaves less than 0.8 of eviction's squared error of output and
+       mass.
 
     All arithmetic is in float32; systems are solved by Cholesky factorization. Nothing is read back from the device.
     Whatever is not finite leaves its head as eviction left it. Linear in the context.
@@ -102,15 +103,12 @@ def attention_match(
         Reference queries, float32, scaled and rotated to where ``keys`` will be asked from, shape
         ``(bsz, num_key_value_heads, n_queries, head_dim)``.
     kept_queries : torch.Tensor
-        The same for ``kept_keys``; the same tensor unless the press rotated the survivors' keys anew.
+        The same for ``kept_keys``; the same tensor unless the press rewrote the survivors' keys. No key is shifted in a
+        channel in which these are 0.
     eviction : Eviction
         Which positions survived, where they stand in what the press left, and which were evicted.
     key_ridge : float
         ``a``, in units of the mean of the diagonal of ``Q^T Q``.
-    value_ridge : float
-        ``b``; attention adds up to 1 over a row of ``A``, so the diagonal of ``A A^T`` is at most about 1.
-    fit_keys : bool
-        Whether keys may be shifted. Otherwise only values are fitted.
 
     Returns
     -------
@@ -143,8 +141,6 @@ def attention_match(
             torch.searchsorted(survivors.contiguous(), evicted.contiguous()),
             keys_rewritten=eviction.keys_rewritten,
             key_ridge=key_ridge,
-            value_ridge=value_ridge,
-            fit_keys=fit_keys,
         )
         is_better, error_before[b, heads], error_after[b, heads] = rest
         fitted_keys, fitted_values = fitted_keys.to(keys.dtype), fitted_values.to(values.dtype)
@@ -167,8 +163,6 @@ def _fit(
     *,
     keys_rewritten: bool,
     key_ridge: float,
-    value_ridge: float,
-    fit_keys: bool,
 ) -> tuple[torch.Tensor, ...]:
     """
     Fit a block of heads.
@@ -186,7 +180,7 @@ def _fit(
         Shape ``(n_heads, n_queries, head_dim)``.
     place : torch.Tensor
         How many survivors stand before each evicted position, int64, shape ``(n_heads, n_evicted)``.
-    keys_rewritten, key_ridge, value_ridge, fit_keys
+    keys_rewritten, key_ridge
         See :func:`attention_match`.
 
     Returns
@@ -211,53 +205,60 @@ def _fit(
         residual = torch.baddbmm(output, mass.transpose(1, 2), kept_values, alpha=-1)
     error_of_eviction = _squared_error(residual, mass, output)
 
-    shifted_keys = kept_keys
-    if fit_keys:
-        moment = _second_moment(queries, key_ridge)
-        target = nearest_nearby(keys[:, :n_survivors], keys[:, n_survivors:], place, moment)
-        factor = _cholesky(_second_moment(kept_queries, key_ridge) if keys_rewritten else moment)
-        growth = _mass_with_neighbours(kept_mass, lost_mass, target)
-        growth.div_(mass + _LEAST_MASS).log_()
-        smoother = torch.cholesky_solve(kept_queries.transpose(1, 2), factor)  # head_dim x n_queries
-        shift = torch.bmm(growth, smoother.transpose(1, 2))
-        shifted_keys = kept_keys + shift
-        # A query's growth as the others would have it, (fit - leverage * growth) / (1 - leverage).
-        leverage = (kept_queries * smoother.transpose(1, 2)).sum(dim=-1, keepdim=True)
-        weight = 1 / (1 - leverage).clamp_(min=_LEAST_FREEDOM)
-        growth.mul_((1 - weight).transpose(1, 2)).baddbmm_(shift, (kept_queries * weight).transpose(1, 2))
-        mass = growth.exp_().mul_(mass)
-        residual = torch.baddbmm(output, mass.transpose(1, 2), kept_values, alpha=-1)
+    moment = _second_moment(queries, key_ridge)
+    target = nearest_nearby(keys[:, :n_survivors], keys[:, n_survivors:], place, moment)
+    fitted_values = _means_with_counted(kept_values, evicted_values, kept_mass, lost_mass, target)
 
-    gram = torch.bmm(mass.transpose(1, 2), mass)
-    gram.diagonal(dim1=1, dim2=2).add_(value_ridge)
-    factor = _cholesky(gram)
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
-    root = torch.linalg.solve_triangular(factor, identity, upper=False)  # root^T root is the inverse
-    coefficients = torch.bmm(root.transpose(1, 2), torch.bmm(root, residual))
-    fitted_values = torch.baddbmm(kept_values, mass, coefficients)
-    # The residual of each query in a fit without it.
-    left_out = coefficients / root.square().sum(dim=1)[..., None]
-    error_of_fit = _squared_error(left_out, mass, output)
+    growth = _with_counted(kept_mass, lost_mass, target).add_(_LEAST_MASS).div_(mass + _LEAST_MASS).log_()
+    if keys_rewritten:
+        moment = _second_moment(kept_queries, key_ridge)
+    smoother = torch.bmm(kept_queries, torch.cholesky_inverse(_cholesky(moment)))
+    shift = torch.bmm(growth, smoother)
+    # A query's growth as the others would have it, (fit - leverage * growth) / (1 - leverage).
+    leverage = (kept_queries * smoother).sum(dim=-1, keepdim=True)
+    weight = 1 / (1 - leverage).clamp_(min=_LEAST_FREEDOM)
+    growth.mul_((1 - weight).transpose(1, 2)).baddbmm_(shift, (kept_queries * weight).transpose(1, 2))
+    mass = growth.exp_().mul_(mass)
+    residual = torch.baddbmm(output, mass.transpose(1, 2), fitted_values, alpha=-1)
+    error_of_fit = _squared_error(residual, mass, output)
 
     scale = output.square().sum(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
     # False where either is not a number.
     is_better = error_of_fit < _MOST_ERROR * error_of_eviction
-    return shifted_keys, fitted_values, is_better, error_of_eviction / scale, error_of_fit / scale
+    return kept_keys + shift, fitted_values, is_better, error_of_eviction / scale, error_of_fit / scale
 
 
-def _mass_with_neighbours(kept_mass: torch.Tensor, lost_mass: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The survivors' mass, shape ``(n_heads, n_survivors, n_queries)``, with what is counted to each, and never 0."""
-    n_heads, n_survivors, n_queries = kept_mass.shape
+def _with_counted(survivors: torch.Tensor, evicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Rows of the survivors, shape ``(n_heads, n_survivors, n)``, plus those of the evicted counted to each."""
+    n_heads, n_survivors, n = survivors.shape
     first_row = torch.arange(0, n_heads * n_survivors, n_survivors, device=target.device)[:, None]
-    to_row, lost = (target + first_row).view(-1), lost_mass.reshape(-1, n_queries)
+    to_row, evicted = (target + first_row).view(-1), evicted.reshape(-1, n)
     if adds_by_segment(target.device):
         to_row, order = to_row.sort(stable=True)
-        lost = lost[order]
-    sums = kept_mass.new_empty(n_heads * n_survivors + 1, n_queries)
-    mass = sums[:-1].view(kept_mass.shape)
-    torch.add(kept_mass, _LEAST_MASS, out=mass)
-    add_rows_(sums, to_row, lost)
-    return mass
+        evicted = evicted[order]
+    rows = survivors.new_empty(n_heads * n_survivors + 1, n)
+    sums = rows[:-1].view(survivors.shape)
+    sums.copy_(survivors)
+    add_rows_(rows, to_row, evicted)
+    return sums
+
+
+def _means_with_counted(
+    kept_values: torch.Tensor,
+    evicted_values: torch.Tensor,
+    kept_mass: torch.Tensor,
+    lost_mass: torch.Tensor,
+    target: torch.Tensor,
+) -> torch.Tensor:
+    """Means of the survivors' values and of those counted to each, weighted by mean attention."""
+    kept_share = kept_mass.mean(dim=2, keepdim=True).add_(_LEAST_SHARE)
+    lost_share = lost_mass.mean(dim=2, keepdim=True)
+    sums = _with_counted(
+        torch.cat([kept_values * kept_share, kept_share], dim=-1),
+        torch.cat([evicted_values * lost_share, lost_share], dim=-1),
+        target,
+    )
+    return sums[..., :-1] / sums[..., -1:]
 
 
 def naive_attention_match(
@@ -270,8 +271,6 @@ def naive_attention_match(
     eviction: Eviction,
     *,
     key_ridge: float,
-    value_ridge: float,
-    fit_keys: bool = True,
 ) -> Match:
     """
     :func:`attention_match` as one would write it down: head by head, in float64, with a fit of its own for each query
@@ -297,47 +296,36 @@ def naive_attention_match(
         mass = (kept_q @ old_keys.T - normalizer).exp()
         error_of_eviction = _naive_squared_error(output - mass @ old_values, mass, output)
 
-        fitted_keys = old_keys
-        if fit_keys:
-            identity = torch.eye(q.shape[1], dtype=q.dtype)
-            moment = q.T @ q + key_ridge * (q.T @ q).diagonal().mean() * identity
-            place = torch.searchsorted(survivors, evicted)
-            target = naive_nearest_nearby(all_keys[survivors], all_keys[evicted], place, moment)
-            growth = kept_mass.index_add(1, target, lost_mass) + _LEAST_MASS
-            growth = (growth / (mass + _LEAST_MASS)).log()
-            gram = kept_q.T @ kept_q
-            ridge = key_ridge * gram.diagonal().mean() * identity
-            fitted_keys = old_keys + torch.linalg.solve(gram + ridge, kept_q.T @ growth).T
-            others_say = []
-            for r in range(len(q)):
-                others = torch.arange(len(q)) != r
-                gram = kept_q[others].T @ kept_q[others]
-                others_say.append(kept_q[r] @ torch.linalg.solve(gram + ridge, kept_q[others].T @ growth[others]))
-            mass = mass * torch.stack(others_say).exp()
+        identity = torch.eye(q.shape[1], dtype=q.dtype)
+        moment = q.T @ q + key_ridge * (q.T @ q).diagonal().mean() * identity
+        target = naive_nearest_nearby(
+            all_keys[survivors], all_keys[evicted], torch.searchsorted(survivors, evicted), moment
+        )
+        fitted_values = old_values.clone()
+        for j in range(n_survivors):
+            counted = target == j
+            share = torch.cat([kept_mass[:, [j]] + _LEAST_SHARE, lost_mass[:, counted]], dim=1).mean(dim=0)
+            fitted_values[j] = share @ torch.cat([old_values[[j]], all_values[evicted[counted]]]) / share.sum()
+        growth = kept_mass.index_add(1, target, lost_mass) + _LEAST_MASS
+        growth = (growth / (mass + _LEAST_MASS)).log()
+        gram = kept_q.T @ kept_q
+        ridge = key_ridge * gram.diagonal().mean() * identity
+        fitted_keys = old_keys + torch.linalg.solve(gram + ridge, kept_q.T @ growth).T
+        others_say = []
+        for r in range(len(q)):
+            others = torch.arange(len(q)) != r
+            gram = kept_q[others].T @ kept_q[others]
+            others_say.append(kept_q[r] @ torch.linalg.solve(gram + ridge, kept_q[others].T @ growth[others]))
+        mass = mass * torch.stack(others_say).exp()
 
-        residual = output - mass @ old_values
-
-        everyone = torch.arange(len(q))
-        left_out = [
-            residual[r] - mass[r] @ _naive_change(mass, residual, everyone[everyone != r], value_ridge)
-            for r in range(len(q))
-        ]
-        error_of_fit = _naive_squared_error(torch.stack(left_out), mass, output)
+        error_of_fit = _naive_squared_error(output - mass @ fitted_values, mass, output)
+        is_fitted[b, h] = error_of_fit < _MOST_ERROR * error_of_eviction
         scale = output.square().sum()
         error_before[b, h], error_after[b, h] = error_of_eviction / scale, error_of_fit / scale
-        is_fitted[b, h] = error_of_fit < _MOST_ERROR * error_of_eviction
         if is_fitted[b, h]:
             new_keys[b, h, slots] = fitted_keys.to(keys.dtype)
-            new_values[b, h, slots] = (old_values + _naive_change(mass, residual, everyone, value_ridge)).to(
-                values.dtype
-            )
+            new_values[b, h, slots] = fitted_values.to(values.dtype)
     return Match(new_keys, new_values, is_fitted, error_before, error_after)
-
-
-def _naive_change(mass: torch.Tensor, residual: torch.Tensor, rows: torch.Tensor, value_ridge: float) -> torch.Tensor:
-    """What the value step adds to the survivors' values if it is made of these queries."""
-    gram = mass[rows] @ mass[rows].T + value_ridge * torch.eye(len(rows), dtype=mass.dtype)
-    return mass[rows].T @ torch.linalg.solve(gram, residual[rows])
 
 
 def _naive_squared_error(residual: torch.Tensor, mass: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
