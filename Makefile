@@ -41,7 +41,7 @@ test: $(STAMP)  ## run the tests, those on the real model included
 
 test-long: $(STAMP)  ## hold merging and re-fitting to their properties on thousands of cases: about 20 minutes
 	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --hypothesis-profile=long --hypothesis-seed=$(SEED) \
-		tests/kernels/test_properties.py tests/test_properties.py
+		tests/kernels/test_kernel_properties.py tests/test_properties.py
 
 test-lowest: .venv-lowest/.installed  ## run the tests with the oldest packages that pyproject.toml allows
 	@$(RUN_TESTS) .venv-lowest/bin/python -m pytest -n 2
