@@ -5,10 +5,10 @@ Break the kernels and ``merge_on_evict_press.py`` a little, in one place at a ti
 
     python tests/mutate.py --sample 300 --report evaluation/results/trust/mutation.md
 
-mutmut makes the mutants and runs those tests on each that reach its function. It works on a copy in ``build/mutation``:
-there the decorators that it would pass by are taken off, and functions that serve tests alone are left as they are. Of
-each group of files a sample is drawn, by a seed. Survivors that are known to behave as the original are explained in
-``tests/mutants.yaml``.
+mutmut makes the mutants and runs those tests on each that reach its function. It works on a copy in ``build/mutation``.
+There the decorated functions that it would pass by are decorated where the file ends; functions that serve tests alone
+are left as they are. Of each group of files a sample is drawn, by a seed. Survivors that are known to behave as the
+original are explained in ``tests/mutants.yaml``.
 """
 
 from __future__ import annotations
@@ -77,9 +77,11 @@ class Outcome:
     survivors: dict[str, str] = field(default_factory=dict)
 
 
-def without_decorators(source: str) -> str:
-    """mutmut passes by functions with decorators. Those of the kernels only turn gradients off."""
-    return re.sub(r"^@torch\.no_grad\(\)\n", "", source, flags=re.MULTILINE)
+def with_late_decorators(source: str) -> str:
+    """mutmut passes by functions with decorators, so the one that kernels have is put on where the file ends."""
+    decorated = re.compile(r"^@torch\.no_grad\(\)\n(?=def (\w+))", flags=re.MULTILINE)
+    late = [f"{name} = torch.no_grad()({name})\n" for name in decorated.findall(source)]
+    return decorated.sub("", source) + "\n\n" * bool(late) + "".join(late)
 
 
 def run_group(group: Group, sample: int, seed: int, work: Path) -> Outcome:
@@ -104,7 +106,7 @@ def run_group(group: Group, sample: int, seed: int, work: Path) -> Outcome:
     outcome, names = Outcome(), {}
     for file in group.files:
         place = work / PACKAGE / file
-        place.write_text(without_decorators(place.read_text(encoding="utf-8")), encoding="utf-8")
+        place.write_text(with_late_decorators(place.read_text(encoding="utf-8")), encoding="utf-8")
         module = ".".join((PACKAGE / file).with_suffix("").parts[1:])
         mutated = mutate_file_contents(str(place), place.read_text(encoding="utf-8"))
         here = [f"{module}.{name}" for name in mutated.mutant_names if not name.startswith("x_naive_")]
