@@ -12,7 +12,11 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test style docs bench package-check clean
+.PHONY: help venv demo test test-long test-lowest test-latest coverage mutation style docs bench package-check clean
+
+# The seed of the cases that `make test-long` and `make mutation` draw.
+SEED ?= 0
+RUN_TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-13s  %s\n", $$1, $$2 }'
@@ -33,7 +37,47 @@ demo: $(STAMP)  ## compare full cache, eviction, merging and re-fitting on a rea
 	@$(BIN)/python -m evaluation demo
 
 test: $(STAMP)  ## run the tests, those on the real model included
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2
+
+test-long: $(STAMP)  ## hold merging and re-fitting to their properties on thousands of cases: about 20 minutes
+	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --hypothesis-profile=long --hypothesis-seed=$(SEED) \
+		tests/kernels/test_kernel_properties.py tests/test_properties.py
+
+test-lowest: .venv-lowest/.installed  ## run the tests with the oldest packages that pyproject.toml allows
+	@$(RUN_TESTS) .venv-lowest/bin/python -m pytest -n 2
+
+test-latest: .venv-latest/.installed  ## run the tests with the newest packages that pyproject.toml allows
+	@$(RUN_TESTS) .venv-latest/bin/python -m pytest -n 2
+
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt
+	$(call install,.venv-lowest,-c constraints-lowest.txt)
+
+.venv-latest/.installed: pyproject.toml
+	$(call install,.venv-latest,--upgrade --upgrade-strategy eager)
+
+# An environment of its own, with this torch whatever else is in it.
+define install
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@echo "Installing into $(1) (a few minutes, once) ..."
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check \
+	$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $$(grep '^torch==' constraints.txt)
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(2) -e '.[eval,dev,ray]'
+@$(1)/bin/python -m pip freeze --disable-pip-version-check | grep -E '^(torch|transformers|kvpress|datasets|pandas|numpy)=='
+@touch $@
+endef
+
+coverage: $(VENV)/.trust  ## measure which lines and branches of src/ the tests run
+	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --cov --cov-report=
+	@mkdir -p evaluation/results/trust
+	@$(BIN)/coverage report --format=markdown > evaluation/results/trust/coverage.md; \
+		status=$$?; cat evaluation/results/trust/coverage.md; exit $$status
+
+mutation: $(VENV)/.trust  ## break the code in many places, one at a time, and count what the tests notice: up to an hour
+	@$(BIN)/python tests/mutate.py --seed $(SEED) --report evaluation/results/trust/mutation.md
+
+$(VENV)/.trust: $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[trust]'
+	@touch $@
 
 style: $(STAMP)  ## check the code: ruff, mypy, and the public types with mypy --strict
 	@$(BIN)/ruff check .
@@ -53,5 +97,5 @@ bench: $(STAMP)  ## time our kernels against kvpress's own
 	@$(BIN)/python -m evaluation speed
 
 clean:  ## remove .venv, docs/ and caches; results/ stays
-	rm -rf $(VENV) build dist docs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-latest .coverage build dist docs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ import yaml
 from evaluation.benchmarks.ruler_synthetic import check_tasks
 from evaluation.cli import closest
 from evaluation.evaluate_registry import DATASET_REGISTRY, NO_PRESS, PRESS_REGISTRY
-from evaluation.models import BUILT_IN_MODEL
+from evaluation.models import BUILT_IN_MODEL, RESERVED_KWARGS
 
 PRESS_FIELDS = (
     "similarity_threshold",
@@ -316,6 +316,9 @@ class EvaluationConfig:
             self.model_kwargs = {}
         if not isinstance(self.model_kwargs, dict):
             raise ValueError(f"--model_kwargs must be a mapping of names to values, got {self.model_kwargs!r}")
+        for name, reason in RESERVED_KWARGS.items():
+            if name in self.model_kwargs:
+                raise ValueError(f"--model_kwargs cannot set {name}: {reason}")
 
     def _check_types(self) -> None:
         for setting in dataclasses.fields(EvaluationConfig):

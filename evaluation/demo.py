@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 from evaluation.cli import fail, parse_config
 from evaluation.fidelity import Fidelity, measure_fidelity, measure_reference
 from evaluation.models import BUILT_IN_MODEL, ModelUnavailableError, load_model
+from evaluation.results import write_folder
 from evaluation.text import Window, cut_windows, read_text
 from kvpress_merging import AttentionMatchingPress, MergingPress, __version__
 
@@ -79,7 +80,9 @@ class DemoConfig:
     text_file: str | None = field(
         default=None, metadata={"help": "UTF-8 text to measure on; by default the built-in one"}
     )
-    output_dir: str = field(default="results/demo", metadata={"help": "folder for demo.json and demo.png"})
+    output_dir: str = field(
+        default="results/demo", metadata={"help": "folder for demo.json and demo.png; one that is there is kept"}
+    )
     seed: int = field(default=0, metadata={"help": "draws the needle's number and place"})
     quiet: bool = field(default=False, metadata={"help": "no progress, only the result"})
 
@@ -155,12 +158,14 @@ def main(argv: Sequence[str]) -> None:
         answers = ask_needle(model, tokenizer, context, number, progress)
     seconds = time.perf_counter() - started
 
-    folder = Path(config.output_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     record = describe(config, model, text, comparisons, answers, number, seconds)
-    (folder / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     subtitle = f"{Path(config.model).name}, {len(windows)} windows of {config.context_length} tokens"
-    plot(comparisons, subtitle, folder / "demo.png")
+
+    def write(place: Path) -> None:
+        (place / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        plot(comparisons, subtitle, place / "demo.png")
+
+    folder = write_folder(Path(config.output_dir).expanduser(), write)
     show(comparisons, answers, number)
     print(f"\nWritten to {folder / 'demo.json'} and {folder / 'demo.png'} after {seconds:.0f} s.")
 

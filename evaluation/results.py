@@ -11,7 +11,7 @@ import json
 import platform
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,36 @@ def write_files(
     Path
         The folder.
     """
-    output_dir = Path(config.output_dir).expanduser()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    folder = output_dir / config.folder_name()
-    temporary = output_dir / f".{folder.name}.{uuid.uuid4().hex}"
+
+    def write(place: Path) -> None:
+        config.save(place / "config.yaml", versions)
+        _as_csv(predictions).to_csv(place / "predictions.csv", index=False)
+        (place / "metrics.json").write_text(json.dumps(metrics, indent=4) + "\n", encoding="utf-8")
+
+    return write_folder(Path(config.output_dir).expanduser() / config.folder_name(), write)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """
+    Have ``write`` fill a new folder, which appears whole or not at all.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it goes. If it is there and not empty, to its sub-folder ``1``, or ``2``, and so on.
+    write : callable
+        Takes the folder to write to.
+
+    Returns
+    -------
+    Path
+        The folder that appeared.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
-        config.save(temporary / "config.yaml", versions)
-        _as_csv(predictions).to_csv(temporary / "predictions.csv", index=False)
-        (temporary / "metrics.json").write_text(json.dumps(metrics, indent=4) + "\n", encoding="utf-8")
+        write(temporary)
         return _place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -165,11 +186,11 @@ def _as_csv(predictions: pd.DataFrame) -> pd.DataFrame:
 
 
 def _place(temporary: Path, folder: Path) -> Path:
-    """Rename a folder to the first of ``folder``, ``folder/1``, ``folder/2`` ... that is not there."""
+    """Rename a folder to the first of ``folder``, ``folder/1``, ``folder/2`` ... that is not there, or is empty."""
     number = 0
     while True:
         target = folder / str(number) if number else folder
-        if not target.exists():
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             try:
                 return temporary.rename(target)
             except OSError:

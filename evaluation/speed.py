@@ -39,6 +39,7 @@ from rich.console import Console
 
 from evaluation.cli import parse_config
 from evaluation.models import BUILT_IN_MODEL, load_model
+from evaluation.results import write_folder
 from evaluation.speed_prefill import measure_prefill
 from evaluation.speed_report import plot, show
 from evaluation.speed_subjects import DTYPES, SUBJECTS, Cell, measure_extra_bytes, measure_seconds
@@ -74,7 +75,9 @@ class SpeedArguments:
     repeats: int = field(default=3, metadata={"help": "Rounds after one to warm up."})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves PyTorch's choice."})
     tile_bytes: int = field(default=DEFAULT_TILE_BYTES, metadata={"help": "Most bytes of one tile of cosines."})
-    output_dir: str = field(default="results/speed", metadata={"help": "Folder for speed.json and speed.png."})
+    output_dir: str = field(
+        default="results/speed", metadata={"help": "Folder for speed.json and speed.png; one that is there is kept."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("k_len", "num_key_value_heads", "prefill", "head_dim", "repeats", "tile_bytes"):
@@ -231,8 +234,9 @@ def main(argv: Sequence[str]) -> None:
     figures = measure(arguments)
     console = Console()
     show(figures, console if console.is_terminal else Console(width=120))
-    folder = Path(arguments.output_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "speed.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    plot(figures).savefig(folder / "speed.png", dpi=150)
-    print(f"Written to {folder}")
+
+    def write(place: Path) -> None:
+        (place / "speed.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        plot(figures).savefig(place / "speed.png", dpi=150)
+
+    print(f"Written to {write_folder(Path(arguments.output_dir).expanduser(), write)}")

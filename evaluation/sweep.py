@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -80,7 +81,8 @@ def sweep(
     cells : sequence of EvaluationConfig
         The grid.
     folder : Path
-        Where results and the records of failed cells go.
+        Where results and the records of failed cells go. What is there stays: a ``sweep.yaml`` that says something else
+        is kept as ``sweep-1.yaml``, or ``sweep-2.yaml``, and so on.
     arguments : argparse.Namespace
         ``runner``, ``threads``, ``address`` and ``num_workers``.
     quiet : bool
@@ -102,7 +104,7 @@ def sweep(
     names = [config.folder_name() for config in cells]
     remove_leftovers(folder, [*names, "sweep.yaml"])
     remove_leftovers(errors, [_error_file(folder, config).name for config in cells])
-    _write(folder / "sweep.yaml", file.read_text(encoding="utf-8"))
+    _write_copy(folder / "sweep.yaml", file.read_text(encoding="utf-8"))
     to_do = []
     for config in cells:
         if find_results(config) is None:
@@ -200,6 +202,15 @@ def _list(cells: Sequence[EvaluationConfig], folder: Path) -> None:
 
 def _error_file(folder: Path, config: EvaluationConfig) -> Path:
     return folder / "errors" / f"{config.folder_name()}.json"
+
+
+def _write_copy(file: Path, text: str) -> None:
+    if file.exists():
+        if file.read_bytes() == text.encode():
+            return
+        earlier = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(1))
+        os.rename(file, next(place for place in earlier if not place.exists()))
+    _write(file, text)
 
 
 def _write(file: Path, text: str) -> None:

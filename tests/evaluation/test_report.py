@@ -367,6 +367,12 @@ def test_a_report_is_replaced_but_nothing_else_is(results, tmp_path, capsys):
         main(["report", str(results), "--output_dir", str(folder)])
     assert "mine.txt" in capsys.readouterr().err
     assert (folder / "mine.txt").exists()
+    (folder / "mine.txt").unlink()
+    (folder / "comparisons.md").write_text("with a word of mine")
+    with pytest.raises(SystemExit):
+        main(["report", str(results), "--output_dir", str(folder)])
+    assert f"{folder / 'comparisons.md'} has been changed since it was written" in capsys.readouterr().err
+    assert (folder / "comparisons.md").read_text() == "with a word of mine"
 
 
 # What a report holds.

@@ -360,3 +360,26 @@ def test_sums_over_segments_are_those_of_plain_addition(kind, monkeypatch):
     match = run(layer, queries)
     torch.testing.assert_close(match.keys, expected.keys)
     torch.testing.assert_close(match.values, expected.values)
+
+
+def test_arithmetic_stays_in_float32_under_another_default_dtype():
+    layer = redundant_layer(2, 3)
+    queries = queries_for(layer, 64)
+    expected = run(layer, queries)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        match = run(layer, queries)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert match.is_fitted.any()
+    for name in ("keys", "values", "is_fitted", "error_before", "error_after"):
+        assert getattr(match, name).equal(getattr(expected, name))
+
+
+def test_a_fit_is_taken_though_the_sum_of_its_numbers_is_more_than_float16_holds():
+    layer = redundant_layer(1, 2, dtype=torch.float16)
+    layer = shrunk(layer.keys, 600 * layer.values.abs(), layer.eviction.survivors)
+    match = run(layer, queries_for(layer, 64))
+    assert match.is_fitted.all()
+    assert match.values.sum(dim=(2, 3)).isinf().all()
+    assert match.values.isfinite().all()

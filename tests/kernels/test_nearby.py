@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import random_rows
 
-from kvpress_merging.kernels.nearby import WINDOW, naive_nearest_nearby, nearest_nearby
+from kvpress_merging.kernels import nearby
+from kvpress_merging.kernels.nearby import WINDOW, block_length, naive_nearest_nearby, nearest_nearby
 
 
 @pytest.mark.parametrize("n_kept", [1, 50, WINDOW, WINDOW + 1, 400, 700, 899])
@@ -29,3 +31,34 @@ def test_the_nearest_is_looked_for_among_the_survivors_around(n_kept):
     for i in range(len(evicted)):
         around = distance[i, max(0, place[i] - 10) : place[i] + 10]
         assert distance[i, target[i]] <= around.min() + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("n_survivors", "n_evicted", "length"),
+    [
+        (128, 128, 64),
+        (1, 1, 64),
+        (2, 1, 32),
+        (100, 7, 4),
+        (100, 5, 2),
+        (100, 3, 1),
+        (1000, 10, 1),
+        (0, 1, 64),
+        (0, 0, 1),
+    ],
+)
+def test_as_many_evicted_positions_share_a_window_as_lie_within_its_middle_half(n_survivors, n_evicted, length):
+    assert block_length(n_survivors, n_evicted) == length
+
+
+def test_it_runs_over_a_few_blocks_at_a_time_and_finds_the_same(monkeypatch):
+    n_heads, n_survivors, n_evicted, head_dim = 3, 400, 500, 8
+    is_kept = torch.rand(n_heads, n_survivors + n_evicted, generator=torch.Generator().manual_seed(0))
+    is_kept = is_kept.argsort(dim=-1).argsort(dim=-1) < n_survivors
+    place = is_kept.cumsum(dim=-1)[~is_kept].view(n_heads, n_evicted)
+    survivors, evicted = (random_rows(n_heads, n, head_dim, seed=n) for n in (n_survivors, n_evicted))
+    metric = torch.eye(head_dim).expand(n_heads, -1, -1)
+    expected = nearest_nearby(survivors, evicted, place, metric)
+    for n_bytes in (1, 3 * 4 * n_heads * WINDOW * (head_dim + 1 + block_length(n_survivors, n_evicted))):
+        monkeypatch.setattr(nearby, "block_bytes", lambda device, n_bytes=n_bytes: n_bytes)
+        assert torch.equal(nearest_nearby(survivors, evicted, place, metric), expected)
