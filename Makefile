@@ -12,10 +12,10 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test style bench clean
+.PHONY: help venv demo test test-long style bench clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-6s  %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-9s  %s\n", $$1, $$2 }'
 
 venv: $(STAMP)  ## make .venv with the pinned packages, unless it is there
 
@@ -34,6 +34,9 @@ demo: $(STAMP)  ## compare full cache, eviction, merging and re-fitting on a rea
 
 test: $(STAMP)  ## run the tests, those on the real model included
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-long: $(STAMP)  ## run the tests that take long: an exception at every call, a thousand prefills
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m long
 
 style: $(STAMP)  ## check the code: ruff and mypy
 	@$(BIN)/ruff check .

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -21,9 +21,9 @@ from transformers.cache_utils import QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typing_extensions import Self
 
-from kvpress_merging.cache import OpenLayer, OpenTensors, is_followed, layer_length, open_layer
+from kvpress_merging.cache import OpenLayer, OpenTensors, is_followed, layer_length, layer_of
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.hooks import attention_modules, remove, replace_new_hooks, tracks_removed
+from kvpress_merging.hooks import Tracks, attention_modules, remove, replace_new_hooks
 from kvpress_merging.layer_state import LayerState, is_same, masks_of
 from kvpress_merging.report import MergeReport
 from kvpress_merging.wrapping import PressWrapper, nested_presses
@@ -150,17 +150,21 @@ class MergeOnEvictPress(PressWrapper):
         model : PreTrainedModel
             The model that the press works on.
         """
-        with tracks_removed(model):
-            yield from self._apply(model)
+        tracks = Tracks(model, self.press)
+        try:
+            yield from self._apply(model, tracks)
+            tracks.remove()
+        except BaseException:
+            tracks.undo()
+            raise
 
-    def _apply(self, model: PreTrainedModel) -> Generator[None, None, None]:
-        attn_implementation = model.config._attn_implementation
+    def _apply(self, model: PreTrainedModel, tracks: Tracks) -> Generator[None, None, None]:
         earlier_hooks = {module: set(module._forward_hooks) for module in model.modules()}
         seen: dict[nn.Module, Cache] = {}
         handles: list[Any] = []
-        inner = self.press(model)
-        inner.__enter__()
+        inner = ExitStack()  # leaves the press's context once, whatever happens
         try:
+            inner.enter_context(self.press(model))
             modules = attention_modules(model)
             for module in model.modules():
                 if len(module._forward_hooks) > len(earlier_hooks.get(module, ())) and module not in modules:
@@ -182,18 +186,18 @@ class MergeOnEvictPress(PressWrapper):
                         prepend=True,
                     )
                 )
+            tracks.entered()
             yield
-        except BaseException:
+            tracks.leaving()
             remove(handles)
-            is_swallowed = False
-            with _unchanged(seen), suppress(BaseException):
+            self._exit(inner, seen)
+        except BaseException:
+            is_swallowed: bool | None = False
+            with _unchanged(seen, attention_modules(model)), suppress(BaseException):
                 is_swallowed = inner.__exit__(*sys.exc_info())
-            model.config._attn_implementation = attn_implementation
             if not is_swallowed:
                 raise
-            return
-        remove(handles)
-        self._exit(inner, seen)
+            tracks.undo()
 
     def forward_hook(self, module: nn.Module, input: list[torch.Tensor], kwargs: dict, output: list) -> Any:
         """Run the inner press's forward hook and merge what it evicted: for presses that call an inner press's hook."""
@@ -239,7 +243,7 @@ class MergeOnEvictPress(PressWrapper):
             run_all: Callable = run
             if layer_length(cache.layers[module.layer_idx]) == kwargs["hidden_states"].shape[1]:  # at prefill
                 run_all = partial(self._run_over, run, {m: c for m, c in (others or {}).items() if m is not module})
-            layer = open_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+            layer = layer_of(cache, module.layer_idx)  # type: ignore[arg-type]
             self._run(run_all, module, layer, kwargs.get("hidden_states"), kwargs)
             self._states[module].k_len = layer_length(cache.layers[module.layer_idx])
             return result
@@ -264,7 +268,7 @@ class MergeOnEvictPress(PressWrapper):
     def _run_over(self, run: Callable, layers: dict[nn.Module, Cache]) -> None:
         """Let the inner press work on several open layers and merge, or put everything back."""
         for module, cache in layers.items():
-            run = partial(self._run, run, module, open_layer(cache, module.layer_idx), None, {})  # type: ignore[arg-type]
+            run = partial(self._run, run, module, layer_of(cache, module.layer_idx), None, {})  # type: ignore[arg-type]
         run()
         for module, cache in layers.items():
             self._states[module].k_len = layer_length(cache.layers[module.layer_idx])  # type: ignore[index]
@@ -276,6 +280,7 @@ class MergeOnEvictPress(PressWrapper):
         masked_before = masks_of(module)
         ratios = _own_compression_ratios(self.press)
         try:
+            layer.open()
             run()
             self._merge(module, layer, masked_before, hidden_states, kwargs, limit=None)
         except BaseException:
@@ -286,15 +291,16 @@ class MergeOnEvictPress(PressWrapper):
                 press.compression_ratio = ratio
             raise
 
-    def _exit(self, inner: Any, seen: dict[nn.Module, Cache]) -> None:
+    def _exit(self, inner: ExitStack, seen: dict[nn.Module, Cache]) -> None:
         """Leave the inner press's context, in which it may evict, and merge what it evicted then."""
         masked_before = {module: masks_of(module) for module in seen}
         opened: list[tuple[nn.Module, OpenLayer]] = []
         handles = []
         try:
             for module, cache in seen.items():
-                layer = open_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+                layer = layer_of(cache, module.layer_idx)  # type: ignore[arg-type]
                 opened.append((module, layer))
+                layer.open()
                 # The press may run the model to score: that is none of our business. From then on it works on plain
                 # tensors, and what it evicts is seen from its masks.
                 handles.append(module.register_forward_pre_hook(lambda module, args, layer=layer: layer.close()))
@@ -305,8 +311,9 @@ class MergeOnEvictPress(PressWrapper):
             for (module, layer), cache in zip(tuple(opened), seen.values()):
                 context_length = self._states[module].context_length
                 if layer.is_closed:
-                    layer = open_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+                    layer = layer_of(cache, module.layer_idx)  # type: ignore[arg-type]
                     opened.append((module, layer))
+                    layer.open()
                     if layer.lengths()[0] < min(context_length, self._states[module].k_len):
                         raise _not_followed(self.press)
                 self._merge(module, layer, masked_before[module], None, {}, limit=context_length)
@@ -328,9 +335,10 @@ class MergeOnEvictPress(PressWrapper):
         if cache is None or getattr(module, "is_sliding", False) or not is_followed(cache.layers[module.layer_idx]):
             return
         k_len = layer_length(cache.layers[module.layer_idx])
-        is_prefill = k_len == kwargs["hidden_states"].shape[1]  # as kvpress's, without reading from the device
+        bsz, q_len = kwargs["hidden_states"].shape[:2]
+        is_prefill = k_len == q_len  # as kvpress's, without reading from the device
         if is_prefill:
-            _refuse_what_the_press_gets_wrong(self.press, cache, kwargs["hidden_states"].shape[0])
+            _refuse_what_the_press_gets_wrong(self.press, cache, bsz)
             self._start(module, k_len)
             if module.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:  # type: ignore[union-attr]
                 self._states[module].stale_masks = getattr(module, "masked_key_indices", None)
@@ -442,13 +450,17 @@ def _own_compression_ratios(press: BasePress) -> list[tuple[BasePress, Any]]:
 
 
 @contextmanager
-def _unchanged(seen: dict[nn.Module, Cache]) -> Generator[None, None, None]:
-    """Undo what is done inside to the caches and masks of these layers."""
-    masked_before = {module: masks_of(module) for module in seen}
-    layers = [(module, open_layer(cache, module.layer_idx)) for module, cache in seen.items()]  # type: ignore[arg-type]
+def _unchanged(seen: dict[nn.Module, Cache], modules: list[nn.Module]) -> Generator[None, None, None]:
+    """Undo what is done inside to the caches of the layers seen, and to the masks of all."""
+    masked_before = {module: masks_of(module) for module in modules}
+    layers = [(module, layer_of(cache, module.layer_idx)) for module, cache in seen.items()]  # type: ignore[arg-type]
     try:
+        for _, layer in layers:
+            layer.open()
         yield
     finally:
-        for module, layer in layers:
+        for _, layer in layers:
             layer.restore()
-            module.masked_key_indices = masked_before[module]  # type: ignore[assignment]
+        for module, masked in masked_before.items():
+            if not is_same(masks_of(module), masked):
+                module.masked_key_indices = masked  # type: ignore[assignment]
