@@ -25,6 +25,7 @@ from kvpress_merging.cache import OpenLayer, OpenTensors, is_followed, layer_len
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.hooks import Tracks, attention_modules, remove, replace_new_hooks
 from kvpress_merging.layer_state import LayerState, is_same, masks_of
+from kvpress_merging.padding import Padding
 from kvpress_merging.report import MergeReport
 from kvpress_merging.wrapping import PressWrapper, nested_presses
 
@@ -52,11 +53,13 @@ class MergeOnEvictPress(PressWrapper):
     # Not fields: they are no part of a press's configuration.
     _report: ClassVar[MergeReport]
     _states: ClassVar[WeakKeyDictionary[nn.Module, LayerState]]
+    _padding: ClassVar[Padding]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
         object.__setattr__(self, "_report", MergeReport())
         object.__setattr__(self, "_states", WeakKeyDictionary())
+        object.__setattr__(self, "_padding", Padding())
         return self
 
     @property
@@ -216,7 +219,7 @@ class MergeOnEvictPress(PressWrapper):
         """Run the inner press's ``compress`` and merge what it evicted: for presses that call their inner press's."""
         layer = OpenTensors(keys, values)
         if module not in self._states or hidden_states.shape[1] == keys.shape[2]:
-            self._start(module, keys.shape[2])
+            self._start(module, keys.shape[2], hidden_states.shape[0], kwargs)
 
         def run() -> None:
             layer.result = self.press.compress(
@@ -325,8 +328,9 @@ class MergeOnEvictPress(PressWrapper):
 
     # What is remembered between forward passes.
 
-    def _start(self, module: nn.Module, k_len: int) -> None:
-        self._states[module] = LayerState(context_length=k_len, k_len=k_len)
+    def _start(self, module: nn.Module, k_len: int, bsz: int, kwargs: dict) -> None:
+        is_padding = self._padding.find(kwargs.get("attention_mask"), bsz, k_len)
+        self._states[module] = LayerState(context_length=k_len, k_len=k_len, is_padding=is_padding)
         self.report.start(int(module.layer_idx))  # type: ignore[arg-type]
 
     def _observe(self, module: nn.Module, kwargs: dict, seen: dict[nn.Module, Cache]) -> None:
@@ -339,11 +343,11 @@ class MergeOnEvictPress(PressWrapper):
         is_prefill = k_len == q_len  # as kvpress's, without reading from the device
         if is_prefill:
             _refuse_what_the_press_gets_wrong(self.press, cache, bsz)
-            self._start(module, k_len)
+            self._start(module, k_len, bsz, kwargs)
             if module.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:  # type: ignore[union-attr]
                 self._states[module].stale_masks = getattr(module, "masked_key_indices", None)
         elif module not in self._states:
-            self._start(module, k_len)
+            self._start(module, k_len, bsz, kwargs)
         self._states[module].k_len = k_len
         seen[module] = cache
         self.observe(module, kwargs, is_prefill)
