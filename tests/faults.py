@@ -114,8 +114,9 @@ def print_of(module: Any, layer: Any) -> Print:
         stored = layer._quantized_keys, layer._quantized_values
         parts = tuple([layer._dequantize(old), *new] for old, new in zip(stored, parts))
     assert all(type(part) is torch.Tensor for both in parts for part in both)
-    keys, values = (torch.cat([part for part in both if part.numel()], dim=2) for both in parts if both[0].numel())
-    keys, values = keys.detach().clone(), values.detach()
+    if all(part.numel() == 0 for part in parts[1]):
+        return None
+    keys, values = (torch.cat([part for part in both if part.numel()], dim=2).detach() for both in parts)
     is_masked = torch.zeros(values.shape[:3], dtype=torch.bool)
     masks = getattr(module, "masked_key_indices", None)
     if masks is not None:
