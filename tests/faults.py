@@ -70,19 +70,18 @@ class Boundaries:
     def __exit__(self, *exc_info: Any) -> None:
         sys.setprofile(None)
 
-    def chosen(self, most: int | None) -> Iterator[int]:
+    def chosen(self, most: int | None = None) -> Iterator[int]:
         """
-        All boundaries, or ``most`` of them: evenly from those that differ in function and line of the call.
+        Of each function and line that calls it, the first and the last boundary; or ``most`` of these, evenly.
         """
-        if most is None:
-            yield from range(len(self.places))
-            return
         first: dict[tuple[Any, ...], int] = {}
+        last: dict[tuple[Any, ...], int] = {}
         for n, place in enumerate(self.places):
             first.setdefault(place, n)
-        differing = list(first.values())
-        step = max(1.0, len(differing) / most)
-        yield from (differing[int(i * step)] for i in range(min(most, len(differing))))
+            last[place] = n
+        differing = sorted({*first.values(), *last.values()})
+        n_chosen = len(differing) if most is None else min(most, len(differing))
+        yield from (differing[i * len(differing) // n_chosen] for i in range(n_chosen))
 
 
 def tracks_of(model: PreTrainedModel) -> dict[str, Any]:

@@ -121,6 +121,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
             self._queries[module].recent.extend(hidden_states[:, -_MOST_RECENT:].detach().split(1, dim=1))
         self._queries[module].rotation = _rotation_at(module, kwargs, -1)
 
+    @torch.no_grad()
     def fold(
         self,
         module: nn.Module,

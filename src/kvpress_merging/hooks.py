@@ -8,12 +8,18 @@ from collections.abc import Callable, Iterable
 from copy import copy
 from typing import Any
 
+import torch
+import torch._dynamo.config
 from kvpress import BasePress
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from kvpress_merging.wrapping import nested_presses
+
+# Or a compiled model would overlook hooks put on or taken off after its first run: a press would silently do nothing,
+# or go on when its context is left.
+torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -24,11 +30,16 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def replace_new_hooks(module: nn.Module, earlier: set[int] | None, followed: Callable) -> None:
-    """Put ``followed(hook)`` in place of each hook that the inner press has just put on ``module``."""
+    """
+    Put ``followed(hook)`` in place of each hook that the inner press has just put on ``module``.
+
+    A model compiled with ``torch.compile`` leaves its graph for them.
+    """
     for hook_id, hook in module._forward_hooks.items():
         if hook_id not in (earlier or ()):
             takes_kwargs = hook_id in module._forward_hooks_with_kwargs
-            module._forward_hooks[hook_id] = followed(hook if takes_kwargs else _dropping_kwargs(hook))
+            followed_hook = followed(hook if takes_kwargs else _dropping_kwargs(hook))
+            module._forward_hooks[hook_id] = torch.compiler.disable(followed_hook)
             module._forward_hooks_with_kwargs[hook_id] = True
 
 

@@ -180,14 +180,13 @@ class MergeOnEvictPress(PressWrapper):
                 # A press that shares one budget among all layers may evict when the last of them has run.
                 others = seen if module in last else {}
                 replace_new_hooks(module, earlier_hooks.get(module), partial(self._followed, others=others))
-                handles.append(module.register_forward_pre_hook(self._check_forward, with_kwargs=True))
-                # Runs before the inner press's hook, which may shrink the layer or fail.
                 handles.append(
-                    module.register_forward_hook(
-                        lambda module, args, kwargs, output: self._observe(module, kwargs, seen),
-                        with_kwargs=True,
-                        prepend=True,
-                    )
+                    module.register_forward_pre_hook(torch.compiler.disable(self._check_forward), with_kwargs=True)
+                )
+                # Runs before the inner press's hook, which may shrink the layer or fail.
+                observe = partial(self._observe_hook, seen=seen)
+                handles.append(
+                    module.register_forward_hook(torch.compiler.disable(observe), with_kwargs=True, prepend=True)
                 )
             tracks.entered()
             yield
@@ -332,6 +331,9 @@ class MergeOnEvictPress(PressWrapper):
         is_padding = self._padding.find(kwargs.get("attention_mask"), bsz, k_len)
         self._states[module] = LayerState(context_length=k_len, k_len=k_len, is_padding=is_padding)
         self.report.start(int(module.layer_idx))  # type: ignore[arg-type]
+
+    def _observe_hook(self, module: nn.Module, args: Any, kwargs: dict, output: Any, seen: dict) -> None:
+        self._observe(module, kwargs, seen)
 
     def _observe(self, module: nn.Module, kwargs: dict, seen: dict[nn.Module, Cache]) -> None:
         """Note a forward pass of ``module``, after its attention and before the inner press."""
