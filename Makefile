@@ -39,9 +39,10 @@ demo: $(STAMP)  ## compare full cache, eviction, merging and re-fitting on a rea
 test: $(STAMP)  ## run the tests, those on the real model included
 	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2
 
-test-long: $(STAMP)  ## hold merging and re-fitting to their properties on thousands of cases: about 20 minutes
+test-long: $(STAMP)  ## run what takes long: thousands of drawn cases, an exception at every call, a thousand prefills
 	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --hypothesis-profile=long --hypothesis-seed=$(SEED) \
 		tests/kernels/test_kernel_properties.py tests/test_properties.py
+	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 -m long
 
 test-lowest: .venv-lowest/.installed  ## run the tests with the oldest packages that pyproject.toml allows
 	@$(RUN_TESTS) .venv-lowest/bin/python -m pytest -n 2

@@ -233,36 +233,6 @@ def test_two_presses_nested_evict_and_merge_one_after_the_other(llama, input_ids
         assert layer_full.keys.shape[2] == 96
 
 
-def test_one_press_on_two_models(llama, input_ids):
-    other = copy.deepcopy(llama)
-    with torch.no_grad():
-        other.model.layers[0].self_attn.v_proj.weight.mul_(2)
-    press = MergingPress(AdaKVPress(KnormPress(0.5)))
-    alone = [run(model, MergingPress(AdaKVPress(KnormPress(0.5))), input_ids) for model in (llama, other)]
-    caches = [DynamicCache(), DynamicCache()]
-    clear_masks(llama)
-    clear_masks(other)
-    with torch.no_grad(), press(llama), press(other):
-        for model, cache in zip((llama, other), caches):
-            model.model(input_ids=input_ids, past_key_values=cache)
-    for cache, layers in zip(caches, alone):
-        for layer, expected in zip(cache.layers, layers):
-            assert torch.equal(layer.values, expected.values)
-
-
-def test_a_cache_that_holds_a_prefix_is_left_alone_as_by_the_bare_press(llama, input_ids):
-    caches = [DynamicCache(), DynamicCache()]
-    for press, cache in zip((KnormPress(0.5), MergingPress(KnormPress(0.5))), caches):
-        clear_masks(llama)
-        with torch.no_grad():
-            llama.model(input_ids=input_ids[:, :40], past_key_values=cache)
-            with press(llama):
-                llama.model(input_ids=input_ids[:, 40:], past_key_values=cache)
-    for bare, merged in zip(caches[0].layers, caches[1].layers):
-        assert torch.equal(bare.keys, merged.keys)
-        assert torch.equal(bare.values, merged.values)
-
-
 def test_several_prefills_in_one_context_are_merged_each(llama, input_ids):
     press = MergingPress(KnormPress(0.5))
     caches = [DynamicCache(), DynamicCache()]

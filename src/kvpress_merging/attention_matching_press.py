@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,10 +14,13 @@ from torch import nn
 from typing_extensions import Self
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels.match import attention_match
+from kvpress_merging.kernels.match import Match, attention_match
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
 from kvpress_merging.merging_press import check_int, check_number, rotates_keys
 from kvpress_merging.queries import prerope_queries, reference_positions, rotate
+
+Rotation: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of one position, each of shape ``(bsz or 1, rotary_dim)``."""
 
 # Tokens seen after the prefill whose queries join those of the context when a press evicts while decoding.
 _MOST_RECENT = 64
@@ -29,20 +32,22 @@ class LayerQueries:
 
     Parameters
     ----------
-    context : torch.Tensor
-        Queries of the context before RoPE, float32, shape ``(bsz, num_key_value_heads, n, head_dim)``.
+    context : list of torch.Tensor
+        Queries of the context before RoPE, float32, shape ``(bsz, num_key_value_heads, n, head_dim)``: one of all rows
+        of the batch or, where rows have padding, one of each, with ``bsz`` 1 and an n of its own.
     """
 
-    def __init__(self, context: torch.Tensor):
+    def __init__(self, context: list[torch.Tensor]):
         self.context = context
         self.recent: deque[torch.Tensor] = deque(maxlen=_MOST_RECENT)
-        self.rotation: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.rotation: Rotation | None = None
 
-    def queries(self, module: nn.Module) -> torch.Tensor:
+    def queries(self, module: nn.Module) -> list[torch.Tensor]:
         """Queries before RoPE: the context's, and those of the tokens seen since."""
         if not self.recent:
             return self.context
-        return torch.cat([self.context, prerope_queries(module, torch.cat(tuple(self.recent), dim=1))], dim=2)
+        recent = prerope_queries(module, torch.cat(tuple(self.recent), dim=1))
+        return [torch.cat(parts, dim=2) for parts in zip(self.context, recent.chunk(len(self.context)))]
 
 
 @dataclass
@@ -124,6 +129,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
             self._queries[module].recent.extend(hidden_states[:, -_MOST_RECENT:].detach().split(1, dim=1))
         self._queries[module].rotation = _rotation_at(module, kwargs, -1)
 
+    @torch.no_grad()
     def fold(
         self,
         module: nn.Module,
@@ -144,22 +150,21 @@ class AttentionMatchingPress(MergeOnEvictPress):
             prerope = self._sample(module, hidden_states)
             rotation = _rotation_at(module, kwargs, -1)
         assert rotation is not None
-        queries = kept_queries = rotate(prerope, *rotation)
-        if eviction.keys_rewritten:
-            if rotates_keys(self.press):
-                kept_queries = rotate(prerope, *_rotation_at(module, kwargs, kept_keys.shape[2] - 1))
-            kept_queries = kept_queries * (kept_keys != 0).any(dim=2, keepdim=True)
+        kept_rotation = None  # as rotation
+        if eviction.keys_rewritten and rotates_keys(self.press):
+            kept_rotation = _rotation_at(module, kwargs, kept_keys.shape[2] - 1)
 
-        match = attention_match(
-            keys,
-            values,
-            kept_keys,
-            kept_values,
-            queries.contiguous(),
-            kept_queries.contiguous(),
-            eviction,
-            key_ridge=self.key_ridge,
-        )
+        if len(prerope) == 1:
+            layer = keys, values, kept_keys, kept_values
+            match = self._match(layer, prerope[0], rotation, kept_rotation, eviction)
+        else:
+            matches = []
+            for row, row_prerope in enumerate(prerope):
+                one = slice(row, row + 1)
+                layer = keys[one], values[one], kept_keys[one], kept_values[one]
+                rotations = _of_row(rotation, one), kept_rotation and _of_row(kept_rotation, one)
+                matches.append(self._match(layer, row_prerope, *rotations, eviction.of_row(row)))
+            match = Match(*(torch.cat([getattr(m, f.name) for m in matches]) for f in fields(Match)))
         self.report.record_fit(
             int(module.layer_idx),  # type: ignore[arg-type]
             eviction,
@@ -169,12 +174,44 @@ class AttentionMatchingPress(MergeOnEvictPress):
         )
         return match.keys, match.values
 
-    def _sample(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        positions = reference_positions(hidden_states.shape[1], self.n_queries, hidden_states.device)
-        return prerope_queries(module, hidden_states[:, positions])
+    def _match(
+        self,
+        layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        prerope: torch.Tensor,
+        rotation: Rotation,
+        kept_rotation: Rotation | None,
+        eviction: Eviction,
+    ) -> Match:
+        queries = kept_queries = rotate(prerope, *rotation).contiguous()
+        if eviction.keys_rewritten:
+            if kept_rotation is not None:
+                kept_queries = rotate(prerope, *kept_rotation).contiguous()
+            kept_queries = kept_queries * (layer[2] != 0).any(dim=2, keepdim=True)
+        return attention_match(*layer, queries, kept_queries, eviction, key_ridge=self.key_ridge)
+
+    def _sample(self, module: nn.Module, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        q_len, device = hidden_states.shape[1], hidden_states.device
+        state = self._states.get(module)
+        is_padding = None if state is None else state.is_padding
+        if is_padding is None or is_padding.shape[1] != q_len:
+            positions = reference_positions(q_len, self.n_queries, device)
+            return [prerope_queries(module, hidden_states[:, positions])]
+        context = []
+        for row, is_padding_in_row in zip(hidden_states, is_padding):
+            tokens = (~is_padding_in_row).nonzero().squeeze(1)
+            if len(tokens) == 0:  # a row with nothing to fit: any position will do
+                tokens = torch.arange(q_len, device=device)
+            positions = tokens[reference_positions(len(tokens), self.n_queries, device)]
+            context.append(prerope_queries(module, row[None, positions]))
+        return context
 
 
-def _rotation_at(module: nn.Module, kwargs: dict[str, Any], position: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_row(rotation: Rotation, one: slice) -> Rotation:
+    cos, sin = (part if part.shape[0] == 1 else part[one] for part in rotation)
+    return cos, sin
+
+
+def _rotation_at(module: nn.Module, kwargs: dict[str, Any], position: int) -> Rotation:
     """Cosines and sines of one position of a forward pass, each of shape ``(bsz or 1, rotary_dim)``."""
     if kwargs.get("position_embeddings") is None:
         raise ValueError(

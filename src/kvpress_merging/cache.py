@@ -3,8 +3,9 @@
 """
 One cache layer while a press works on it: what it held before, what the press left, and how to write the merge back.
 
-``open_layer`` puts traced tensors where the press reads. Exactly one of ``commit`` and ``restore`` ends that: the first
-leaves what the press did, with new values (and keys) where they are given; the second puts the layer back as it was.
+``OpenLayer.open`` puts traced tensors where the press reads. Exactly one of ``commit`` and ``restore`` ends that: the
+first leaves what the press did, with new values (and keys) where they are given; the second puts the layer back as it
+was.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def layer_length(layer: CacheLayerMixin) -> int:
     return int(layer.get_seq_length())
 
 
-def open_layer(cache: Cache, layer_idx: int) -> OpenLayer:
-    """Start to follow what a press does to one layer of ``cache``."""
+def layer_of(cache: Cache, layer_idx: int) -> OpenLayer:
+    """What follows a press on one layer of ``cache``, not open yet: what opens it can always put it back."""
     layer = cache.layers[layer_idx]
     return OpenQuantizedLayer(layer) if isinstance(layer, QuantizedLayer) else OpenDynamicLayer(cache, layer_idx)
 
@@ -83,6 +84,9 @@ class OpenLayer:
     traced_keys: TracedTensor
     traced_values: TracedTensor
     is_closed: bool = False
+
+    def open(self) -> None:
+        """Put traced tensors where the press reads."""
 
     def close(self) -> None:
         """Leave what the press did so far and follow it no more."""
@@ -156,6 +160,8 @@ class OpenDynamicLayer(OpenLayer):
         layer: Any = self.layers[layer_idx]
         self.layer = layer
         self.traced_keys, self.traced_values = trace(plain(layer.keys)), trace(plain(layer.values))
+
+    def open(self) -> None:
         self.layer.keys, self.layer.values = self.traced_keys, self.traced_values
 
     @property
@@ -211,8 +217,10 @@ class OpenQuantizedLayer(OpenLayer):
         self.residual = (layer.keys, layer.values)
         self.cumulative_length = layer.cumulative_length
         self.n_residual = layer.keys.shape[2] if layer.keys.dim() == 4 else 0
-        layer._dequantize = self._dequantize
-        layer._quantize = _Unquantized
+
+    def open(self) -> None:
+        self.layer._dequantize = self._dequantize
+        self.layer._quantize = _Unquantized
 
     @cached_property
     def traced_keys(self) -> TracedTensor:  # type: ignore[override]

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -74,6 +74,18 @@ class Eviction:
         if self.counts is None:
             return self.survivors.numel()
         return sum(n_survivors for n_survivors, _ in self.counts)
+
+    def of_row(self, row: int) -> Eviction:
+        """The eviction of one batch row, as a batch of one."""
+        num_key_value_heads = self.survivors.shape[1]
+        heads = slice(row * num_key_value_heads, (row + 1) * num_key_value_heads)
+        return replace(
+            self,
+            survivors=self.survivors[row : row + 1],
+            slots=self.slots[row : row + 1],
+            evicted=self.evicted[row : row + 1],
+            counts=None if self.counts is None else self.counts[heads],
+        )
 
     @classmethod
     def from_kept(cls, positions: torch.Tensor, k_len: int) -> Eviction:

@@ -29,9 +29,11 @@ class LayerState:
         Positions that the prefill left in the cache before any eviction.
     k_len : int
         Positions in the cache after the last forward pass that was seen.
+    is_padding : torch.Tensor, optional
+        Positions of the context that are padding, bool, shape ``(bsz, context_length)``; None if none is.
     masked : torch.Tensor, optional
-        Positions that were ever masked, bool, shape ``(bsz, num_key_value_heads, k_len at that time)``; None if none
-        was. Attention overwrites their keys, so they never take anything in.
+        Positions that were ever masked, bool, shape ``(bsz, num_key_value_heads or 1, k_len at that time)``; None if
+        none was. Attention overwrites their keys, so they never take anything in. Padding is masked from the start.
     stale_masks : object, optional
         ``module.masked_key_indices`` of an earlier prefill. kvpress's attention functions forget it when they prefill,
         but not the model's own eager one.
@@ -39,8 +41,13 @@ class LayerState:
 
     context_length: int
     k_len: int
+    is_padding: torch.Tensor | None = None
     masked: torch.Tensor | None = None
     stale_masks: Any = None
+
+    def __post_init__(self) -> None:
+        if self.is_padding is not None:
+            self.masked = self.is_padding[:, None]
 
     def masks_of(self, module: nn.Module) -> Masks | None:
         """What ``module.masked_key_indices`` says of the present cache."""

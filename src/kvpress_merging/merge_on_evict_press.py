@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -21,10 +21,11 @@ from transformers.cache_utils import QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typing_extensions import Self
 
-from kvpress_merging.cache import OpenLayer, OpenTensors, is_followed, layer_length, open_layer
+from kvpress_merging.cache import OpenLayer, OpenTensors, is_followed, layer_length, layer_of
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.hooks import attention_modules, remove, replace_new_hooks, tracks_removed
+from kvpress_merging.hooks import Tracks, attention_modules, remove, replace_new_hooks, uncompiled
 from kvpress_merging.layer_state import LayerState, is_same, masks_of
+from kvpress_merging.padding import Padding
 from kvpress_merging.report import MergeReport
 from kvpress_merging.wrapping import PressWrapper, nested_presses
 
@@ -78,11 +79,13 @@ class MergeOnEvictPress(PressWrapper):
     # Not fields: they are no part of a press's configuration.
     _report: ClassVar[MergeReport]
     _states: ClassVar[WeakKeyDictionary[nn.Module, LayerState]]
+    _padding: ClassVar[Padding]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
         object.__setattr__(self, "_report", MergeReport())
         object.__setattr__(self, "_states", WeakKeyDictionary())
+        object.__setattr__(self, "_padding", Padding())
         return self
 
     @property
@@ -176,17 +179,21 @@ class MergeOnEvictPress(PressWrapper):
         model : PreTrainedModel
             The model that the press works on.
         """
-        with tracks_removed(model):
-            yield from self._apply(model)
+        tracks = Tracks(model, self.press)
+        try:
+            yield from self._apply(model, tracks)
+            tracks.remove()
+        except BaseException:
+            tracks.undo()
+            raise
 
-    def _apply(self, model: PreTrainedModel) -> Generator[None, None, None]:
-        attn_implementation = model.config._attn_implementation
+    def _apply(self, model: PreTrainedModel, tracks: Tracks) -> Generator[None, None, None]:
         earlier_hooks = {module: set(module._forward_hooks) for module in model.modules()}
         seen: dict[nn.Module, Cache] = {}
         handles: list[Any] = []
-        inner = self.press(model)
-        inner.__enter__()
+        inner = ExitStack()  # leaves the press's context once, whatever happens
         try:
+            inner.enter_context(self.press(model))
             modules = attention_modules(model)
             for module in model.modules():
                 if len(module._forward_hooks) > len(earlier_hooks.get(module, ())) and module not in modules:
@@ -199,27 +206,22 @@ class MergeOnEvictPress(PressWrapper):
                 # A press that shares one budget among all layers may evict when the last of them has run.
                 others = seen if module in last else {}
                 replace_new_hooks(module, earlier_hooks.get(module), partial(self._followed, others=others))
-                handles.append(module.register_forward_pre_hook(self._check_forward, with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(uncompiled(self._check_forward), with_kwargs=True))
                 # Runs before the inner press's hook, which may shrink the layer or fail.
-                handles.append(
-                    module.register_forward_hook(
-                        lambda module, args, kwargs, output: self._observe(module, kwargs, seen),
-                        with_kwargs=True,
-                        prepend=True,
-                    )
-                )
+                observe = uncompiled(partial(self._observe_hook, seen=seen))
+                handles.append(module.register_forward_hook(observe, with_kwargs=True, prepend=True))
+            tracks.entered()
             yield
-        except BaseException:
+            tracks.leaving()
             remove(handles)
+            self._exit(inner, seen)
+        except BaseException:
             is_swallowed: bool | None = False
-            with _unchanged(seen), suppress(BaseException):
+            with _unchanged(seen, attention_modules(model)), suppress(BaseException):
                 is_swallowed = inner.__exit__(*sys.exc_info())
-            model.config._attn_implementation = attn_implementation
             if not is_swallowed:
                 raise
-            return
-        remove(handles)
-        self._exit(inner, seen)
+            tracks.undo()
 
     def forward_hook(
         self, module: nn.Module, input: list[torch.Tensor], kwargs: dict[str, Any], output: list[Any]
@@ -240,7 +242,7 @@ class MergeOnEvictPress(PressWrapper):
         """Run the inner press's ``compress`` and merge what it evicted: for presses that call their inner press's."""
         layer = OpenTensors(keys, values)
         if module not in self._states or hidden_states.shape[1] == keys.shape[2]:
-            self._start(module, keys.shape[2])
+            self._start(module, keys.shape[2], hidden_states.shape[0], kwargs)
 
         def run() -> None:
             layer.result = self.press.compress(
@@ -269,7 +271,7 @@ class MergeOnEvictPress(PressWrapper):
             run_all: Callable[..., Any] = run
             if layer_length(cache.layers[module.layer_idx]) == kwargs["hidden_states"].shape[1]:  # at prefill
                 run_all = partial(self._run_over, run, {m: c for m, c in (others or {}).items() if m is not module})
-            layer = open_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+            layer = layer_of(cache, module.layer_idx)  # type: ignore[arg-type]
             self._run(run_all, module, layer, kwargs.get("hidden_states"), kwargs)
             self._states[module].k_len = layer_length(cache.layers[module.layer_idx])
             return result
@@ -296,7 +298,7 @@ class MergeOnEvictPress(PressWrapper):
     def _run_over(self, run: Callable[..., Any], layers: dict[nn.Module, Cache]) -> None:
         """Let the inner press work on several open layers and merge, or put everything back."""
         for module, cache in layers.items():
-            run = partial(self._run, run, module, open_layer(cache, module.layer_idx), None, {})  # type: ignore[arg-type]
+            run = partial(self._run, run, module, layer_of(cache, module.layer_idx), None, {})  # type: ignore[arg-type]
         run()
         for module, cache in layers.items():
             self._states[module].k_len = layer_length(cache.layers[module.layer_idx])  # type: ignore[index]
@@ -313,6 +315,7 @@ class MergeOnEvictPress(PressWrapper):
         masked_before = masks_of(module)
         ratios = _own_compression_ratios(self.press)
         try:
+            layer.open()
             run()
             self._merge(module, layer, masked_before, hidden_states, kwargs, limit=None)
         except BaseException:
@@ -323,15 +326,16 @@ class MergeOnEvictPress(PressWrapper):
                 press.compression_ratio = ratio  # type: ignore[attr-defined]
             raise
 
-    def _exit(self, inner: Any, seen: dict[nn.Module, Cache]) -> None:
+    def _exit(self, inner: ExitStack, seen: dict[nn.Module, Cache]) -> None:
         """Leave the inner press's context, in which it may evict, and merge what it evicted then."""
         masked_before = {module: masks_of(module) for module in seen}
         opened: list[tuple[nn.Module, OpenLayer]] = []
         handles = []
         try:
             for module, cache in seen.items():
-                layer = open_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+                layer = layer_of(cache, module.layer_idx)  # type: ignore[arg-type]
                 opened.append((module, layer))
+                layer.open()
                 # The press may run the model to score: that is none of our business. From then on it works on plain
                 # tensors, and what it evicts is seen from its masks.
                 handles.append(module.register_forward_pre_hook(lambda module, args, layer=layer: layer.close()))
@@ -342,8 +346,9 @@ class MergeOnEvictPress(PressWrapper):
             for (module, layer), cache in zip(tuple(opened), seen.values()):
                 context_length = self._states[module].context_length
                 if layer.is_closed:
-                    layer = open_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+                    layer = layer_of(cache, module.layer_idx)  # type: ignore[arg-type]
                     opened.append((module, layer))
+                    layer.open()
                     if layer.lengths()[0] < min(context_length, self._states[module].k_len):
                         raise _not_followed(self.press)
                 self._merge(module, layer, masked_before[module], None, {}, limit=context_length)
@@ -355,9 +360,15 @@ class MergeOnEvictPress(PressWrapper):
 
     # What is remembered between forward passes.
 
-    def _start(self, module: nn.Module, k_len: int) -> None:
-        self._states[module] = LayerState(context_length=k_len, k_len=k_len)
+    def _start(self, module: nn.Module, k_len: int, bsz: int, kwargs: dict[str, Any]) -> None:
+        is_padding = self._padding.find(kwargs.get("attention_mask"), bsz, k_len)
+        self._states[module] = LayerState(context_length=k_len, k_len=k_len, is_padding=is_padding)
         self.report.start(int(module.layer_idx))  # type: ignore[arg-type]
+
+    def _observe_hook(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any, seen: dict[nn.Module, Cache]
+    ) -> None:
+        self._observe(module, kwargs, seen)
 
     def _observe(self, module: nn.Module, kwargs: dict[str, Any], seen: dict[nn.Module, Cache]) -> None:
         """Note a forward pass of ``module``, after its attention and before the inner press."""
@@ -365,14 +376,15 @@ class MergeOnEvictPress(PressWrapper):
         if cache is None or getattr(module, "is_sliding", False) or not is_followed(cache.layers[module.layer_idx]):
             return
         k_len = layer_length(cache.layers[module.layer_idx])
-        is_prefill = k_len == kwargs["hidden_states"].shape[1]  # as kvpress's, without reading from the device
+        bsz, q_len = kwargs["hidden_states"].shape[:2]
+        is_prefill = k_len == q_len  # as kvpress's, without reading from the device
         if is_prefill:
-            _refuse_what_the_press_gets_wrong(self.press, cache, kwargs["hidden_states"].shape[0])
-            self._start(module, k_len)
+            _refuse_what_the_press_gets_wrong(self.press, cache, bsz)
+            self._start(module, k_len, bsz, kwargs)
             if module.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:  # type: ignore[union-attr]
                 self._states[module].stale_masks = getattr(module, "masked_key_indices", None)
         elif module not in self._states:
-            self._start(module, k_len)
+            self._start(module, k_len, bsz, kwargs)
         self._states[module].k_len = k_len
         seen[module] = cache
         self.observe(module, kwargs, is_prefill)
@@ -479,13 +491,17 @@ def _own_compression_ratios(press: BasePress) -> list[tuple[BasePress, Any]]:
 
 
 @contextmanager
-def _unchanged(seen: dict[nn.Module, Cache]) -> Generator[None, None, None]:
-    """Undo what is done inside to the caches and masks of these layers."""
-    masked_before = {module: masks_of(module) for module in seen}
-    layers = [(module, open_layer(cache, module.layer_idx)) for module, cache in seen.items()]  # type: ignore[arg-type]
+def _unchanged(seen: dict[nn.Module, Cache], modules: list[nn.Module]) -> Generator[None, None, None]:
+    """Undo what is done inside to the caches of the layers seen, and to the masks of all."""
+    masked_before = {module: masks_of(module) for module in modules}
+    layers = [(module, layer_of(cache, module.layer_idx)) for module, cache in seen.items()]  # type: ignore[arg-type]
     try:
+        for _, layer in layers:
+            layer.open()
         yield
     finally:
-        for module, layer in layers:
+        for _, layer in layers:
             layer.restore()
-            module.masked_key_indices = masked_before[module]  # type: ignore[assignment]
+        for module, masked in masked_before.items():
+            if not is_same(masks_of(module), masked):
+                module.masked_key_indices = masked  # type: ignore[assignment]

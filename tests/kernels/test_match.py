@@ -75,6 +75,7 @@ def assert_same(actual: Match, expected: Match, dtype: torch.dtype) -> None:
 # Against the naive form.
 
 
+@pytest.mark.usefixtures("whatever_its_error")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", ["shrunk", "masked", "ragged"])
 @pytest.mark.parametrize(("k_len", "n_kept"), [(2, 1), (40, 20), (41, 33), (150, 70), (200, 140)])
@@ -84,6 +85,7 @@ def test_it_gives_what_its_naive_form_gives(kind, dtype, k_len, n_kept):
     assert_same(run(layer, queries), run(layer, queries, naive_attention_match), dtype)
 
 
+@pytest.mark.usefixtures("whatever_its_error")
 @pytest.mark.parametrize("n_queries", [1, 2, 7, 40])
 @pytest.mark.parametrize("options", [{}, {"key_ridge": 2.0}])
 def test_parameters_and_numbers_of_queries(n_queries, options):
@@ -199,6 +201,7 @@ def test_a_head_takes_the_fit_only_if_enough_of_the_error_goes(monkeypatch):
     assert match.is_fitted.sum() == 16
 
 
+@pytest.mark.usefixtures("whatever_its_error")
 def test_a_large_ridge_holds_the_keys():
     layer = redundant_layer(1, 3)
     match = run(layer, queries_for(layer, 9), key_ridge=1e8)
@@ -229,6 +232,7 @@ def test_nothing_evicted_and_nothing_kept_change_nothing(kind):
         assert not match.error_before.any()
 
 
+@pytest.mark.usefixtures("whatever_its_error")
 def test_scaling_the_values_scales_the_result():
     layer = redundant_layer(1, 3)
     queries = queries_for(layer, 9)
@@ -239,6 +243,7 @@ def test_scaling_the_values_scales_the_result():
     torch.testing.assert_close(scaled.keys, match.keys)
 
 
+@pytest.mark.usefixtures("whatever_its_error")
 @pytest.mark.parametrize("kind", ["shrunk", "ragged"])
 def test_a_head_does_not_depend_on_others(kind):
     layer = redundant_layer(2, 3, kind=kind)
@@ -320,6 +325,7 @@ def test_channels_that_the_press_pruned_stay_pruned_and_what_they_did_is_made_go
     assert_same(match, run(pruned, queries, naive_attention_match, kept_queries=queries * is_left), torch.float32)
 
 
+@pytest.mark.usefixtures("whatever_its_error")
 def test_two_runs_give_the_same_bits():
     layer = redundant_layer(2, 3, 400, 150, kind="ragged")
     queries = queries_for(layer, 40)
@@ -328,6 +334,7 @@ def test_two_runs_give_the_same_bits():
     assert first.values.equal(second.values)
 
 
+@pytest.mark.usefixtures("whatever_its_error")
 @pytest.mark.parametrize("heads_per_block", [1, 2, 5])
 def test_blocks_of_heads_do_not_change_the_result(heads_per_block, monkeypatch):
     layer = redundant_layer(1, 5, 60, 20)
@@ -350,6 +357,7 @@ def test_it_runs_on_meta_tensors_of_a_long_context():
     assert match.is_fitted.device.type == match.error_after.device.type == "meta"
 
 
+@pytest.mark.usefixtures("whatever_its_error")
 @pytest.mark.parametrize("kind", ["shrunk", "ragged"])
 def test_sums_over_segments_are_those_of_plain_addition(kind, monkeypatch):
     layer = redundant_layer(2, 3, 60, 20, kind=kind)
@@ -362,6 +370,7 @@ def test_sums_over_segments_are_those_of_plain_addition(kind, monkeypatch):
     torch.testing.assert_close(match.values, expected.values)
 
 
+@pytest.mark.usefixtures("whatever_its_error")
 def test_arithmetic_stays_in_float32_under_another_default_dtype():
     layer = redundant_layer(2, 3)
     queries = queries_for(layer, 64)
@@ -376,6 +385,7 @@ def test_arithmetic_stays_in_float32_under_another_default_dtype():
         assert getattr(match, name).equal(getattr(expected, name))
 
 
+@pytest.mark.usefixtures("whatever_its_error")
 def test_a_fit_is_taken_though_the_sum_of_its_numbers_is_more_than_float16_holds():
     layer = redundant_layer(1, 2, dtype=torch.float16)
     layer = shrunk(layer.keys, 600 * layer.values.abs(), layer.eviction.survivors)

@@ -9,6 +9,7 @@ After "Fast KV Compaction via Attention Matching" (https://arxiv.org/abs/2602.16
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -131,17 +132,18 @@ def attention_match(
         before = gather_rows(keys[b, heads], torch.cat([survivors, evicted], dim=-1))
         old_keys = gather_rows(kept_keys[b, heads], slots) if eviction.keys_rewritten else before[:, :n_survivors]
         old_values = gather_rows(kept_values[b, heads], slots)
-        fitted_keys, fitted_values, *rest = _fit(
-            before.float(),
-            gather_rows(values[b, heads], evicted).float(),
-            old_keys.float(),
-            old_values.float(),
-            queries[b, heads],
-            kept_queries[b, heads],
-            torch.searchsorted(survivors.contiguous(), evicted.contiguous()),
-            keys_rewritten=eviction.keys_rewritten,
-            key_ridge=key_ridge,
-        )
+        with _without_autocast(keys.device):
+            fitted_keys, fitted_values, *rest = _fit(
+                before.float(),
+                gather_rows(values[b, heads], evicted).float(),
+                old_keys.float(),
+                old_values.float(),
+                queries[b, heads],
+                kept_queries[b, heads],
+                torch.searchsorted(survivors.contiguous(), evicted.contiguous()),
+                keys_rewritten=eviction.keys_rewritten,
+                key_ridge=key_ridge,
+            )
         is_better, error_before[b, heads], error_after[b, heads] = rest
         fitted_keys, fitted_values = fitted_keys.to(keys.dtype), fitted_values.to(values.dtype)
         for fitted in (fitted_keys, fitted_values):  # one that is not finite spoils the sum
@@ -150,6 +152,12 @@ def attention_match(
         for new, old, fitted in ((new_keys, old_keys, fitted_keys), (new_values, old_values, fitted_values)):
             scatter_rows(new[b, heads], slots, torch.where(is_better[:, None, None], fitted, old))
     return Match(new_keys, new_values, is_fitted, error_before, error_after)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """Products in the dtype of their factors, also inside an autocast region."""
+    is_available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if is_available else nullcontext()
 
 
 def _fit(

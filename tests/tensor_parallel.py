@@ -1,0 +1,65 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+One process of a group that holds a model together: prefills with every press and gathers the cache.
+
+torchrun --nproc_per_node 2 tests/tensor_parallel.py CHECKPOINT OUT: the first process writes to OUT, for each press,
+the layers' keys and values with the heads of all processes side by side.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from kvpress import KeyDiffPress, KnormPress, StreamingLLMPress
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from kvpress_merging import AttentionMatchingPress, MergingPress
+from kvpress_merging.kernels import match as match_module
+
+# Random layers have less in common than those of a text: let a head take any fit that gains something.
+MOST_ERROR = 1.0
+SCORERS = {
+    "Knorm": lambda: KnormPress(0.5),
+    "KeyDiff": lambda: KeyDiffPress(0.6),
+    "StreamingLLM": lambda: StreamingLLMPress(0.5),
+}
+PRESSES = {
+    f"{wrap.__name__} {name}": lambda wrap=wrap, make=make: wrap(make())
+    for wrap in (MergingPress, AttentionMatchingPress)
+    for name, make in SCORERS.items()
+}
+INPUT_IDS = torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :96] + 10
+
+
+def prefill(model, press) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], dict]:
+    """Keys and values of every layer, and the press's report."""
+    cache = DynamicCache()
+    with torch.no_grad(), press(model):
+        model.model(input_ids=INPUT_IDS, past_key_values=cache)
+    return [(layer.keys, layer.values) for layer in cache.layers], press.report.to_dict()
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim=1)
+
+
+def main(checkpoint: str, out: str) -> None:
+    dist.init_process_group("gloo")
+    match_module._MOST_ERROR = MOST_ERROR
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, tp_plan="auto").eval()
+    results: dict = {"rows of q_proj": model.model.layers[0].self_attn.q_proj.weight.shape[0]}
+    for name, make in PRESSES.items():
+        layers, report = prefill(model, make())
+        results[name] = [tuple(gathered(part) for part in layer) for layer in layers], report
+    if dist.get_rank() == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
