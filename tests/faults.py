@@ -18,11 +18,12 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import QuantizedLayer
 
 # Where the boundaries lie: the calls and returns of Python functions of these packages. A generator's are left out,
-# since Python would unwind it there without running its ``finally``, as no exception that comes by itself does.
+# since Python would unwind it there without running its ``finally``, as no exception that comes by itself does. So is
+# loading a tokenizer, in which transformers swallows exceptions.
 PACKAGES = (
     "/kvpress/",
     "/kvpress_merging/",
-    "/transformers/models/",
+    "/transformers/models/llama/modeling_llama",
     "/transformers/cache_utils",
     "/torch/nn/modules/",
 )
