@@ -1,0 +1,118 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a layer: walked, gathered, scattered, measured, added up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import random_layer, random_rows
+
+from kvpress_merging.kernels import rows as rows_module
+from kvpress_merging.kernels.rows import (
+    DEFAULT_TILE_BYTES,
+    add_rows_,
+    adds_by_segment,
+    block_bytes,
+    gather_rows,
+    head_blocks,
+    row_norms,
+    scatter_rows,
+    stand_ins,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+META = torch.device("meta")
+
+
+def test_a_cpu_works_on_what_its_caches_hold_and_other_devices_on_what_they_are_told():
+    assert block_bytes(CUDA) == DEFAULT_TILE_BYTES == 64 * 2**20
+    assert block_bytes(CPU) == 16 * 2**20
+    assert block_bytes(CPU, 1000) == block_bytes(CUDA, 1000) == 1000
+
+
+def test_rows_are_brought_together_before_they_are_added_everywhere_but_on_a_cpu():
+    assert not adds_by_segment(CPU)
+    assert adds_by_segment(CUDA)
+    assert adds_by_segment(META)
+
+
+@pytest.mark.parametrize(
+    ("heads_per_block", "blocks"), [(1, [(0, 1), (1, 2), (2, 3)]), (2, [(0, 2), (2, 3)]), (3, [(0, 3)]), (9, [(0, 3)])]
+)
+def test_even_evictions_are_walked_in_blocks_of_heads(heads_per_block, blocks):
+    eviction = random_layer(2, 3, 10, 4).eviction
+    expected = [(b, slice(*heads), 4, 6) for b in range(2) for heads in blocks]
+    assert list(head_blocks(eviction, heads_per_block)) == expected
+
+
+def test_ragged_evictions_are_walked_head_by_head_with_their_own_counts():
+    eviction = random_layer(2, 3, 40, 12, kind="ragged").eviction
+    walked = list(head_blocks(eviction, 5))
+    assert [(b, heads) for b, heads, *_ in walked] == [(b, slice(h, h + 1)) for b in range(2) for h in range(3)]
+    assert tuple((n_survivors, n_evicted) for *_, n_survivors, n_evicted in walked) == eviction.counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_gathered_by_position_from_each_head(dtype):
+    rows = random_rows(3, 7, 5, seed=0, dtype=dtype)
+    positions = torch.tensor([[6, 0, 0, 3], [1, 1, 1, 1], [5, 4, 3, 2]])
+    gathered = gather_rows(rows, positions)
+    assert gathered.dtype == dtype
+    assert torch.equal(gathered, rows.gather(1, positions[..., None].expand(-1, -1, 5)))
+    view = random_rows(3, 9, 5, seed=1, dtype=dtype)[:, 1:8]
+    assert torch.equal(gather_rows(view, positions), gather_rows(view.clone(), positions))
+
+
+def test_rows_are_scattered_to_their_positions_and_others_stay():
+    rows, new = random_rows(2, 6, 3, seed=0), random_rows(2, 2, 3, seed=1)
+    before, positions = rows.clone(), torch.tensor([[4, 0], [1, 5]])
+    scatter_rows(rows, positions, new)
+    for h in range(2):
+        assert torch.equal(rows[h, positions[h]], new[h])
+        others = [position for position in range(6) if position not in positions[h]]
+        assert torch.equal(rows[h, others], before[h, others])
+
+
+def test_gathering_and_scattering_stay_on_the_rows_device():
+    rows, positions = torch.empty(2, 6, 3, device=META), torch.empty(2, 4, dtype=torch.int64, device=META)
+    assert gather_rows(rows, positions).shape == (2, 4, 3)
+    scatter_rows(rows, positions, torch.empty(2, 4, 3, device=META))
+
+
+def test_norms_are_float64_of_float32_rows_and_finite_where_these_are():
+    rows = torch.tensor([[[[3.0, 4.0], [1e30, 1e30], [0.0, 0.0], [torch.inf, 1.0], [torch.nan, 1.0]]]])
+    norms = row_norms(rows)
+    assert norms.dtype == torch.float64
+    assert norms.shape == (1, 1, 5)
+    assert norms[0, 0, :3].tolist() == [5.0, pytest.approx(2**0.5 * 1e30), 0.0]
+    assert norms.isfinite().tolist() == [[[True, True, True, False, False]]]
+    # Beyond float32's range, where a float64 row is not finite to the kernels either.
+    assert row_norms(torch.tensor([[[[1e200]]]], dtype=torch.float64)).isinf().all()
+    assert row_norms(torch.empty(1, 2, 3, 4, dtype=torch.bfloat16, device=META)).device == META
+
+
+@pytest.mark.parametrize("n_bytes", [1, 8 * 4 * 3, 8 * 4 * 10, 8 * 4 * 21, 10**9])
+def test_norms_are_the_same_whatever_is_copied_at_once(n_bytes, monkeypatch):
+    rows = random_rows(2, 3, 10, 4, seed=0)
+    monkeypatch.setattr(rows_module, "_CPU_COPY_BYTES", n_bytes)
+    assert torch.equal(row_norms(rows), rows.double().norm(dim=-1))
+
+
+@pytest.mark.parametrize("by_segment", [False, True])
+def test_rows_are_added_to_what_is_there(by_segment, monkeypatch):
+    monkeypatch.setattr(rows_module, "adds_by_segment", lambda device: by_segment)
+    sums = torch.tensor([[1.0], [10.0], [100.0], [torch.nan]])
+    add_rows_(sums, torch.tensor([0, 0, 2, 3]), torch.tensor([[1.0], [2.0], [4.0], [8.0]]))
+    assert sums[:3, 0].tolist() == [4.0, 10.0, 104.0]
+
+
+def test_those_that_may_not_be_chosen_are_stood_in_for_by_the_lowest_that_may():
+    is_usable = torch.tensor([[True] * 8, [False, True, True, False, True, True, True, True], [False] * 8])
+    survivors = torch.tensor([[0, 2, 5, 7, 1], [0, 3, 4, 6, 0], [0, 1, 2, 3, 4]])
+    origin, is_any = stand_ins(is_usable, survivors, 4)
+    assert origin.tolist() == [[0, 1, 2, 3, 4, 0, 0, 0], [2, 2, 2, 3, 2, 2, 2, 2], [0] * 8]
+    assert is_any.tolist() == [[True], [True], [False]]
+    origin, is_any = stand_ins(is_usable, survivors, 5, n_real=torch.tensor([2, 2, 5]))
+    assert origin.tolist() == [[0, 1, 0, 0, 0], [0] * 5, [0] * 5]
+    assert is_any.tolist() == [[True], [False], [False]]
