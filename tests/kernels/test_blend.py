@@ -361,8 +361,9 @@ def test_the_largest_and_smallest_float32_neither_overflow_nor_vanish(length, me
     assert_blend(layer, result, merge_keys=merge_keys)
 
 
-def test_equal_values_of_the_largest_float32_stay_what_they_are():
-    largest = torch.finfo(torch.float32).max
+@pytest.mark.parametrize("sign", [1, -1])
+def test_equal_values_of_the_largest_float32_stay_what_they_are(sign):
+    largest = sign * torch.finfo(torch.float32).max
     keys = torch.ones(1, 1, 50, 4)
     is_survivor = torch.arange(50).view(1, 1, -1) == 0
     for n_evicted in range(1, 50):

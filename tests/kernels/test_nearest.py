@@ -23,6 +23,7 @@ from kernel_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpress_merging.eviction import Eviction
+from kvpress_merging.kernels import nearest as nearest_module
 from kvpress_merging.kernels.nearest import (
     first_max,
     naive_nearest_survivors,
@@ -305,3 +306,26 @@ def test_names_of_special_rows_cover_what_float_arithmetic_stumbles_over():
     assert rows.isinf().any()
     assert (rows.abs() > 1e38).any()
     assert ((rows != 0) & (rows.abs() < torch.finfo(torch.float32).smallest_normal)).any()
+
+
+@pytest.mark.parametrize(
+    ("n_survivors", "n_evicted", "tile_bytes", "shape"),
+    [
+        (17, 47, 10**9, (2730, 32, 48)),  # no more than there is, in whole groups of 16; several heads where they fit
+        (16, 48, 10**9, (5461, 16, 48)),
+        (1, 1, 1, (1, 16, 16)),  # never less than one group
+        (10_000, 10_000, 64 * 2**20, (1, 2896, 1440)),  # twice as many survivors as evicted, 16 MiB on a CPU
+        (10_000, 10_000, 2**20, (1, 720, 352)),
+        (10_000, 20, 2**20, (11, 720, 32)),
+    ],
+)
+def test_a_tile_is_as_large_as_allowed_and_no_larger_than_needed(n_survivors, n_evicted, tile_bytes, shape):
+    device = torch.device("cpu")
+    assert nearest_module.tile_shape(n_survivors, n_evicted, device, tile_bytes) == shape
+    assert shape[0] * shape[1] * shape[2] * 4 <= max(tile_bytes, 16 * 16 * 4)
+
+
+def test_a_cpu_reduces_a_tile_by_groups_of_rows_and_other_devices_at_once():
+    assert nearest_module._n_groups(130, torch.device("cpu")) == 3
+    assert nearest_module._n_groups(128, torch.device("cpu")) == 2
+    assert nearest_module._n_groups(130, torch.device("cuda")) == 1

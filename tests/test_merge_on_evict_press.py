@@ -1,0 +1,187 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a merge rule is handed, and which layers and hooks it is handed for."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from every_press import AveragingPress
+from kvpress import BasePress, KnormPress
+from replay import attention_modules, run
+from test_every_press import CASES, input_ids_for, llama, tokenizer_folder  # noqa: F401
+from tiny import tiny_model
+from transformers import DynamicCache
+
+from kvpress_merging import MergeOnEvictPress, MergingPress
+
+
+@dataclass
+class NotingPress(MergeOnEvictPress):
+    """Leaves what the press left, and notes what it is given."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "calls", [])
+
+    def fold(self, module, hidden_states, keys, values, kept_keys, kept_values, eviction, kwargs):
+        call = {name: value for name, value in locals().items() if name != "self"}
+        self.calls.append(SimpleNamespace(**call))
+        return kept_keys, kept_values
+
+
+def test_at_prefill_a_rule_gets_the_layer_its_input_and_the_arguments_of_its_pass(llama):  # noqa: F811
+    input_ids = input_ids_for(CASES["Knorm"], llama)
+    press, cache = NotingPress(KnormPress(0.5)), DynamicCache()
+    bare = run(llama, KnormPress(0.5), input_ids)
+    merged = run(llama, press, input_ids, cache=cache)
+    full = run(llama, None, input_ids)
+    assert [call.module for call in press.calls] == attention_modules(llama)
+    for i, call in enumerate(press.calls):
+        assert call.hidden_states.shape == (1, input_ids.shape[1], llama.config.hidden_size)
+        assert call.kwargs["hidden_states"] is call.hidden_states
+        assert call.kwargs["past_key_values"] is cache
+        assert len(call.kwargs["position_embeddings"]) == 2
+        assert torch.equal(call.keys, full[i].keys)
+        assert torch.equal(call.values, full[i].values)
+        assert torch.equal(call.kept_keys, bare[i].keys)
+        assert torch.equal(call.kept_values, bare[i].values)
+        assert call.eviction.k_len == input_ids.shape[1]
+        assert call.eviction.n_evicted == call.eviction.n_survivors == 2 * input_ids.shape[1] // 2
+        assert torch.equal(merged[i].keys, bare[i].keys)
+
+
+@pytest.mark.parametrize("name", ["FastKVzip", "third party, by a hook on the model"])
+def test_after_the_layers_pass_a_rule_gets_neither_its_input_nor_its_arguments(name, llama):  # noqa: F811
+    press = NotingPress(CASES[name].make())
+    run(llama, press, input_ids_for(CASES[name], llama))
+    assert {call.module for call in press.calls} == set(attention_modules(llama))
+    assert all(call.hidden_states is None and call.kwargs == {} for call in press.calls)
+
+
+@pytest.mark.parametrize("name", ["third party, masks all layers at once", "third party, shrinks all layers at once"])
+def test_layers_that_another_layers_hook_evicts_from_are_merged_once_each(name, llama):  # noqa: F811
+    case = CASES[name]
+    press = NotingPress(case.make())
+    run(llama, press, input_ids_for(case, llama))
+    assert len(press.calls) == len({call.module for call in press.calls}) == llama.config.num_hidden_layers
+    last = press.calls[[call.module.layer_idx for call in press.calls].index(llama.config.num_hidden_layers - 1)]
+    assert last.hidden_states is not None
+
+
+def test_layers_with_a_sliding_window_are_neither_merged_nor_reported():
+    model = tiny_model("gemma3_text")
+    press = NotingPress(KnormPress(0.5))
+    run(model, press, torch.arange(10, 74)[None])
+    full_attention = [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
+    assert [call.module.layer_idx for call in press.calls] == full_attention
+    assert list(press.report.to_dict()) == full_attention
+
+
+class HooksOfItsOwn(BasePress):
+    """Hooks model and layers, with and without keyword arguments, and notes what each hook is given."""
+
+    def __init__(self):
+        self.given = []
+
+    @contextmanager
+    def __call__(self, model):
+        def with_kwargs(module, args, kwargs, output):
+            self.given.append((module, kwargs["past_key_values"], output is not None))
+
+        def without(module, args, output):
+            self.given.append((module, None, output is not None))
+
+        handles = [model.model.register_forward_hook(with_kwargs, with_kwargs=True)]
+        handles += [model.model.register_forward_hook(without)]
+        for module in attention_modules(model):
+            handles += [module.register_forward_hook(with_kwargs, with_kwargs=True)]
+            handles += [module.register_forward_hook(without)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def test_hooks_of_a_press_get_their_own_module_and_what_they_asked_for(llama):  # noqa: F811
+    inner, cache = HooksOfItsOwn(), DynamicCache()
+    earlier = []
+    handle = llama.model.register_forward_hook(lambda module, args, output: earlier.append(module))
+    try:
+        run(llama, NotingPress(inner), torch.arange(10, 40)[None], cache=cache)
+    finally:
+        handle.remove()
+    modules = [*attention_modules(llama), llama.model]
+    assert inner.given == [given for module in modules for given in ((module, cache, True), (module, None, True))]
+    assert earlier == [llama.model]  # once, though it was there before the press
+
+
+@pytest.mark.parametrize("of", ["shape", "dtype"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rule_that_returns_another_kind_of_tensor_is_named_and_told_what_was_expected(of, which, llama):  # noqa: F811
+    @dataclass
+    class WrongPress(MergeOnEvictPress):
+        def fold(self, module, hidden_states, keys, values, kept_keys, kept_values, eviction, kwargs):
+            folded = [kept_keys, kept_values]
+            folded[which] = folded[which][:, :, 1:] if of == "shape" else folded[which].double()
+            return tuple(folded)
+
+    cache = DynamicCache()
+    with pytest.raises(ValueError, match=rf"^WrongPress\.fold must return tensors of the survivors' {of}, .*, got "):
+        run(llama, WrongPress(KnormPress(0.5)), torch.arange(10, 40)[None], cache=cache)
+    assert cache.layers[0].keys.shape[2] == 30
+
+
+def test_a_press_that_cannot_be_followed_is_told_what_can_be():
+    with pytest.raises(
+        ValueError,
+        match=r"^AveragingPress shortened the cache in a way that does not show which positions it kept, so what it "
+        r"evicted cannot be merged: let it pick survivors by indexing, slicing, gathering or concatenating the keys "
+        r"and values that it is given, or use it without merging\. The cache was left as it was\.$",
+    ):
+        run(tiny_model(), MergingPress(AveragingPress()), torch.arange(10, 40)[None])
+
+
+def test_a_rule_that_is_not_written_says_so(llama):  # noqa: F811
+    @dataclass
+    class NoRulePress(MergeOnEvictPress):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"^NoRulePress must implement fold$"):
+        run(llama, NoRulePress(KnormPress(0.5)), torch.arange(10, 40)[None])
+
+
+def test_a_class_in_place_of_a_press_is_told_how_to_make_one():
+    with pytest.raises(
+        TypeError, match=r"^press must be a kvpress BasePress, got <class .*>; pass an instance, KnormPress"
+    ):
+        MergingPress(KnormPress)
+    with pytest.raises(TypeError, match=r"^press must be a kvpress BasePress, got 0\.5$"):
+        MergingPress(0.5)
+
+
+def test_a_press_around_it_that_calls_compress_starts_anew_with_each_prefill(llama):  # noqa: F811
+    press = NotingPress(KnormPress(0.5))
+    module = attention_modules(llama)[0]
+    for k_len in (30, 50):
+        keys, values = torch.randn(2, 1, 2, k_len, 16)
+        hidden_states = torch.randn(1, k_len, 64)
+        new_keys, new_values = press.compress(module, hidden_states, keys, values, None, {})
+        assert new_keys.shape == new_values.shape == (1, 2, k_len // 2, 16)
+        assert press.calls[-1].hidden_states is hidden_states
+        state = press._states[module]
+        assert (state.context_length, state.k_len) == (k_len, k_len)
+        assert press.report.to_dict()[0]["evicted"] == 2 * k_len // 2
+
+
+def test_a_press_that_evicts_nothing_is_handed_nothing(llama):  # noqa: F811
+    press, input_ids = NotingPress(KnormPress(0.0)), torch.arange(10, 40)[None]
+    merged, full = run(llama, press, input_ids), run(llama, None, input_ids)
+    assert press.calls == []
+    for layer, layer_full in zip(merged, full, strict=True):
+        assert torch.equal(layer.keys, layer_full.keys)
+        assert torch.equal(layer.values, layer_full.values)
