@@ -329,3 +329,9 @@ def test_a_cpu_reduces_a_tile_by_groups_of_rows_and_other_devices_at_once():
     assert nearest_module._n_groups(130, torch.device("cpu")) == 3
     assert nearest_module._n_groups(128, torch.device("cpu")) == 2
     assert nearest_module._n_groups(130, torch.device("cuda")) == 1
+
+
+def test_the_only_survivor_of_a_layer_is_found():
+    layer = random_layer(1, 1, 5, 1)
+    assert_nearest(layer, *search(layer))
+    assert search(layer)[0].isfinite().all()
