@@ -76,7 +76,19 @@ class Eviction:
         return sum(n_survivors for n_survivors, _ in self.counts)
 
     def of_row(self, row: int) -> Eviction:
-        """The eviction of one batch row, as a batch of one."""
+        """
+        The eviction of one batch row, as a batch of one.
+
+        Parameters
+        ----------
+        row : int
+            The row of the batch.
+
+        Returns
+        -------
+        Eviction
+            Its tensors are views of this one's.
+        """
         num_key_value_heads = self.survivors.shape[1]
         heads = slice(row * num_key_value_heads, (row + 1) * num_key_value_heads)
         return replace(
