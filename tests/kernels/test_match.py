@@ -59,6 +59,7 @@ def run(layer: Layer, queries: torch.Tensor, kernel=attention_match, kept_querie
 def assert_same(actual: Match, expected: Match, dtype: torch.dtype) -> None:
     torch.testing.assert_close(actual.error_before, expected.error_before, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(actual.error_after, expected.error_after, rtol=5e-3, atol=1e-4)
+    assert actual.is_fitted.dtype == torch.bool
     # A head that is about as good either way may go either way.
     differs = actual.is_fitted != expected.is_fitted
     margin = 0.8 * expected.error_before - expected.error_after
