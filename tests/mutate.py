@@ -70,7 +70,7 @@ GROUPS = (
         "not test_nearest_triton or auto or takes_the_kernel or machine or too_long",
     ),
     Group("rows", ("kernels/rows.py",), ("test_rows", "test_nearest")),
-    Group("trial", ("kernels/trial.py",), ("test_trial",)),
+    Group("trial", ("kernels/trial.py",), ("test_trial",), "not points_at_who_asked"),
     Group(
         "press",
         ("merge_on_evict_press.py",),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from every_press import AveragingPress
 from kvpress import BasePress, KnormPress
-from replay import attention_modules, run
+from replay import attention_modules, clear_masks, run
 from test_every_press import CASES, input_ids_for, llama, tokenizer_folder  # noqa: F401
 from tiny import tiny_model
 from transformers import DynamicCache
@@ -167,6 +167,7 @@ def test_a_class_in_place_of_a_press_is_told_how_to_make_one():
 def test_a_press_around_it_that_calls_compress_starts_anew_with_each_prefill(llama):  # noqa: F811
     press = NotingPress(KnormPress(0.5))
     module = attention_modules(llama)[0]
+    clear_masks(llama)  # as kvpress's attention does when it prefills
     for k_len in (30, 50):
         keys, values = torch.randn(2, 1, 2, k_len, 16)
         hidden_states = torch.randn(1, k_len, 64)
