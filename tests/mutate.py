@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from mutmut.mutation.file_mutation import mutate_file_contents
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path("src/kvpress_merging")
 EXPLAINED = Path(__file__).with_name("mutants.yaml")
+# Address space in bytes: a mutant that asks for more memory than there is fails, and the machine does not.
+MOST_MEMORY = 12 * 2**30
 # What mutmut notes of a mutant.
 SURVIVED, NO_TESTS = 0, 33
 
@@ -144,7 +147,15 @@ def run_group(group: Group, sample: int, seed: int, work: Path, *, is_run: bool)
     def mutmut(*arguments: str) -> str:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "mutmut", *arguments]
-        done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command,
+            cwd=work,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY)),
+        )
         if done.returncode != 0:
             raise RuntimeError(f"mutmut failed in {work}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         return done.stdout
