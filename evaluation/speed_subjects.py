@@ -29,8 +29,6 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 # Query heads for each KV head, as models with 8 billion parameters have them.
 _QUERY_HEADS = 4
-# Reference queries, as AttentionMatchingPress takes them.
-_N_QUERIES = AttentionMatchingPress.n_queries
 # Cosines of one piece of the bare product: 1 GiB.
 _PRODUCT_PIECE = 2**28
 
@@ -114,7 +112,7 @@ def _re_fit(inputs: Inputs, tile_bytes: int) -> Call:
     kept_keys, kept_values = inputs.gather_kept()
     cell = inputs.cell
     generator = torch.Generator().manual_seed(1)
-    shape = (1, cell.num_key_value_heads, _N_QUERIES, cell.head_dim)
+    shape = (1, cell.num_key_value_heads, AttentionMatchingPress.n_queries, cell.head_dim)
     queries = (torch.randn(shape, generator=generator) * cell.head_dim**-0.5).to(cell.device)
     return lambda: attention_match(
         inputs.keys,
@@ -124,7 +122,7 @@ def _re_fit(inputs: Inputs, tile_bytes: int) -> Call:
         queries,
         queries,
         Eviction.from_kept(inputs.kept, cell.k_len),
-        key_ridge=0.1,
+        key_ridge=AttentionMatchingPress.key_ridge,
     )
 
 

@@ -201,6 +201,23 @@ def test_a_mask_is_read_once_for_all_layers_and_none_is_not_read_at_all(llama, m
     assert len(reads) == 1 < len(attention_modules(llama))
 
 
+def test_the_tokens_of_each_row_are_read_once_for_all_layers_of_a_prefill(llama, monkeypatch):
+    n_read = 0
+    nonzero = torch.Tensor.nonzero
+
+    def counted(self, *args, **kwargs):
+        nonlocal n_read
+        n_read += self.shape == (N_CONTEXT,)
+        return nonzero(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "nonzero", counted)
+    press = AttentionMatchingPress(KnormPress(0.5))
+    for prefills in (1, 2):
+        prefill(llama, press, padded_batch())
+        assert n_read == prefills * len(LENGTHS)
+    assert len(llama.model.layers) > 1
+
+
 def test_a_mask_that_does_not_tell_is_a_clear_error_for_a_batch():
     class BlockMask:
         pass

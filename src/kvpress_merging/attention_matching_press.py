@@ -197,10 +197,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
             positions = reference_positions(q_len, self.n_queries, device)
             return [prerope_queries(module, hidden_states[:, positions])]
         context = []
-        for row, is_padding_in_row in zip(hidden_states, is_padding):
-            tokens = (~is_padding_in_row).nonzero().squeeze(1)
-            if len(tokens) == 0:  # a row with nothing to fit: any position will do
-                tokens = torch.arange(q_len, device=device)
+        for row, tokens in zip(hidden_states, self._padding.tokens(is_padding)):
             positions = tokens[reference_positions(len(tokens), self.n_queries, device)]
             context.append(prerope_queries(module, row[None, positions]))
         return context

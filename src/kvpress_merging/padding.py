@@ -15,12 +15,14 @@ class Padding:
     Reads the padding off the attention masks that layers are given.
 
     Where no position is padding, transformers gives its layers no mask for scaled dot product and flash attention; then
-    nothing is looked at. Otherwise a mask is read from the device once, for all layers that are given the same.
+    nothing is looked at. Otherwise a mask is read from the device once, for all layers that are given the same, and so
+    are the positions of its tokens.
     """
 
     def __init__(self) -> None:
         self._mask: ref[torch.Tensor] | None = None
         self._is_padding: torch.Tensor | None = None
+        self._tokens: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
     def find(self, attention_mask: Any, bsz: int, k_len: int) -> torch.Tensor | None:
         """
@@ -58,6 +60,26 @@ class Padding:
             self._is_padding = _unseen(attention_mask, bsz, k_len)
             self._mask = ref(attention_mask)
         return self._is_padding
+
+    def tokens(self, is_padding: torch.Tensor) -> list[torch.Tensor]:
+        """
+        The positions that are no padding.
+
+        Parameters
+        ----------
+        is_padding : torch.Tensor
+            What :meth:`find` gave.
+
+        Returns
+        -------
+        list of torch.Tensor
+            Of each row, int64, ascending; all positions of a row that has nothing but padding.
+        """
+        if self._tokens is None or self._tokens[0] is not is_padding:
+            # A row with nothing to fit: any position will do.
+            is_token = ~is_padding | is_padding.all(dim=1, keepdim=True)
+            self._tokens = is_padding, [row.nonzero().squeeze(1) for row in is_token]
+        return self._tokens[1]
 
 
 def _unseen(mask: torch.Tensor, bsz: int, k_len: int) -> torch.Tensor | None:

@@ -215,9 +215,10 @@ def _fit(
 
     moment = _second_moment(queries, key_ridge)
     target = nearest_nearby(keys[:, :n_survivors], keys[:, n_survivors:], place, moment)
-    fitted_values = _means_with_counted(kept_values, evicted_values, kept_mass, lost_mass, target)
+    rows = _rows_of(target, n_survivors)
+    fitted_values = _means_with_counted(kept_values, evicted_values, kept_mass, lost_mass, rows)
 
-    growth = _with_counted(kept_mass, lost_mass, target).add_(_LEAST_MASS).div_(mass + _LEAST_MASS).log_()
+    growth = _with_counted(kept_mass, lost_mass, rows).add_(_LEAST_MASS).div_(mass + _LEAST_MASS).log_()
     if keys_rewritten:
         moment = _second_moment(kept_queries, key_ridge)
     smoother = torch.bmm(kept_queries, torch.cholesky_inverse(_cholesky(moment)))
@@ -236,18 +237,29 @@ def _fit(
     return kept_keys + shift, fitted_values, is_better, error_of_eviction / scale, error_of_fit / scale
 
 
-def _with_counted(survivors: torch.Tensor, evicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _rows_of(target: torch.Tensor, n_survivors: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The row among all heads' survivors that each evicted position is counted to, and the order that they are in, if it
+    is another than the evicted positions' own.
+    """
+    first_row = torch.arange(0, len(target) * n_survivors, n_survivors, device=target.device)[:, None]
+    to_row = (target + first_row).view(-1)
+    return to_row.sort(stable=True) if adds_by_segment(target.device) else (to_row, None)
+
+
+def _with_counted(
+    survivors: torch.Tensor, evicted: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor | None]
+) -> torch.Tensor:
     """Rows of the survivors, shape ``(n_heads, n_survivors, n)``, plus those of the evicted counted to each."""
     n_heads, n_survivors, n = survivors.shape
-    first_row = torch.arange(0, n_heads * n_survivors, n_survivors, device=target.device)[:, None]
-    to_row, evicted = (target + first_row).view(-1), evicted.reshape(-1, n)
-    if adds_by_segment(target.device):
-        to_row, order = to_row.sort(stable=True)
+    to_row, order = rows
+    evicted = evicted.reshape(-1, n)
+    if order is not None:
         evicted = evicted[order]
-    rows = survivors.new_empty(n_heads * n_survivors + 1, n)
-    sums = rows[:-1].view(survivors.shape)
+    with_spare = survivors.new_empty(n_heads * n_survivors + 1, n)
+    sums = with_spare[:-1].view(survivors.shape)
     sums.copy_(survivors)
-    add_rows_(rows, to_row, evicted)
+    add_rows_(with_spare, to_row, evicted)
     return sums
 
 
@@ -256,7 +268,7 @@ def _means_with_counted(
     evicted_values: torch.Tensor,
     kept_mass: torch.Tensor,
     lost_mass: torch.Tensor,
-    target: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor | None],
 ) -> torch.Tensor:
     """Means of the survivors' values and of those counted to each, weighted by mean attention."""
     kept_share = kept_mass.mean(dim=2, keepdim=True).add_(_LEAST_SHARE)
@@ -264,7 +276,7 @@ def _means_with_counted(
     sums = _with_counted(
         torch.cat([kept_values * kept_share, kept_share], dim=-1),
         torch.cat([evicted_values * lost_share, lost_share], dim=-1),
-        target,
+        rows,
     )
     return sums[..., :-1] / sums[..., -1:]
 
