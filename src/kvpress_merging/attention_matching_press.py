@@ -16,11 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
+from kvpress_merging.checks import check_int, check_number, rotates_keys
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.hooks import Tracks, attention_modules, remove, uncompiled
 from kvpress_merging.kernels.match import Match, attention_match
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
-from kvpress_merging.merging_press import check_int, check_number, rotates_keys
 from kvpress_merging.queries import prerope_queries, query_projection, reference_positions, rotate
 
 Rotation: TypeAlias = tuple[torch.Tensor, torch.Tensor]

@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
 import torch
-from kvpress import BasePress, FinchPress, KeyRerotationPress
 from torch import nn
 
+from kvpress_merging.checks import check_int, check_number, rotated_keys_error, rotates_keys
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
 from kvpress_merging.kernels.nearest import KERNELS
@@ -95,7 +94,7 @@ class MergingPress(MergeOnEvictPress):
 
     def __post_init__(self) -> None:
         if self.merge_keys and rotates_keys(self.press):
-            raise ValueError(_rotated_keys_message(self.press))
+            raise rotated_keys_error(self.press)
 
     def _check_field(self, name: str, value: Any) -> None:
         super()._check_field(name, value)
@@ -128,7 +127,7 @@ class MergingPress(MergeOnEvictPress):
         """Blend; see the class. Similarities are those of ``keys``, also where the press rotated the survivors'
         anew."""
         if self.merge_keys and eviction.keys_rewritten:
-            raise ValueError(_rotated_keys_message(self.press))
+            raise rotated_keys_error(self.press)
         blend = cosine_blend(
             keys,
             values,
@@ -152,28 +151,3 @@ class MergingPress(MergeOnEvictPress):
             keep_pairs=self.record_pairs,
         )
         return blend.keys, blend.values
-
-
-def check_int(name: str, value: Any, least: int) -> None:
-    """Raise a TypeError unless ``value`` is a whole number, and a ValueError if it is below ``least``."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raise a TypeError unless ``value`` is a real number."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def rotates_keys(press: BasePress) -> bool:
-    return isinstance(press, KeyRerotationPress) or (isinstance(press, FinchPress) and press.rerotate_keys)
-
-
-def _rotated_keys_message(press: BasePress) -> str:
-    return (
-        f"merge_keys=True cannot be used with {type(press).__name__}, which writes new keys for the survivors: "
-        "blending in the old ones would undo that; use merge_keys=False"
-    )
