@@ -15,9 +15,10 @@ from typing import Any
 
 import yaml
 
+from evaluation.checks import ONLY_FOR
 from evaluation.cli import closest
 from evaluation.collect import read_references
-from evaluation.config import ONLY_FOR, PRESS_FIELDS, EvaluationConfig
+from evaluation.config import PRESS_FIELDS, EvaluationConfig
 from evaluation.evaluate_registry import DATASET_REGISTRY, PRESS_REGISTRY
 from evaluation.presses import LEVELS, configure_press, usable_settings
 from evaluation.results import measured_settings
