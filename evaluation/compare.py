@@ -4,16 +4,15 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from evaluation.cli import fail
+from evaluation.cli import Parser
 from evaluation.collect import read_results
 from evaluation.results import FILES
 from evaluation.runs import IDENTITY, LOWER_IS_BETTER, Run, is_twin, read_run
@@ -52,13 +51,6 @@ _NLL_TOLERANCE = 0.02
 
 # Two scores that differ by less are a tie: rounding.
 _TIE = 1e-9
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{self.prog}: {message}")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -236,7 +228,7 @@ def _check_same_samples(bare: Run, merged: Run, shared: pd.Index) -> None:
 
 def _row(task: str, groups: list[pd.DataFrame], metric: str) -> dict[str, Any]:
     differences = [(group["merged"] - group["bare"]).to_numpy() for group in groups]
-    differences = [np.where(np.abs(task) < _TIE, 0.0, task) for task in differences]
+    differences = [np.where(np.abs(of_task) < _TIE, 0.0, of_task) for of_task in differences]
     lower = metric in LOWER_IS_BETTER
     gains = np.concatenate(differences) * (-1 if lower else 1)
     result = paired_difference(differences)

@@ -17,9 +17,9 @@ from typing import Any
 
 import pandas as pd
 
-from evaluation.cli import fail
+from evaluation.cli import Parser, fail
 from evaluation.collect import Results, read_results
-from evaluation.compare import ALL_TASKS, Parser
+from evaluation.compare import ALL_TASKS
 from evaluation.comparisons import Benchmark, compare_all, score_table, summarize, verdict_on
 from evaluation.page import render_page
 from evaluation.plots import Plot, Styles, plot_heat_map, plot_lines, save
