@@ -159,7 +159,7 @@ def test_what_is_to_be_typed_can_be_typed(block, model, tokenizer, checkout, mon
                 evaluate(words[3:], bool(block.needs), patches)
         elif "pip" in words[:3]:
             check_extras(words)
-        elif not block.needs and program != "cd":
+        elif not block.needs and words[0] not in ("cd", ".") and words[1:3] != ["-m", "venv"]:
             pytest.fail(f"{block.place}: nobody knows how to check {shlex.join(words)!r}: teach this test, or mark it")
 
 
