@@ -15,7 +15,7 @@ import pandas as pd
 from evaluation.cli import Parser
 from evaluation.collect import read_results
 from evaluation.results import FILES
-from evaluation.runs import IDENTITY, LOWER_IS_BETTER, Run, is_twin, read_run
+from evaluation.runs import IDENTITY, LOWER_IS_BETTER, Run, direction_of, is_twin, read_run
 from evaluation.statistics import holm, paired_difference
 from evaluation.tables import ALPHA, show
 
@@ -229,12 +229,11 @@ def _check_same_samples(bare: Run, merged: Run, shared: pd.Index) -> None:
 def _row(task: str, groups: list[pd.DataFrame], metric: str) -> dict[str, Any]:
     differences = [(group["merged"] - group["bare"]).to_numpy() for group in groups]
     differences = [np.where(np.abs(of_task) < _TIE, 0.0, of_task) for of_task in differences]
-    lower = metric in LOWER_IS_BETTER
-    gains = np.concatenate(differences) * (-1 if lower else 1)
+    gains = np.concatenate(differences) * (-1 if metric in LOWER_IS_BETTER else 1)
     result = paired_difference(differences)
     return {
         "metric": metric,
-        "direction": "lower is better" if lower else "higher is better",
+        "direction": direction_of(metric),
         "task": task,
         "n_samples": len(gains),
         "bare": float(np.mean([group["bare"].mean() for group in groups])),

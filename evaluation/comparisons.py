@@ -15,7 +15,7 @@ import pandas as pd
 
 from evaluation.collect import Results
 from evaluation.compare import ALL_TASKS, compare_twins
-from evaluation.runs import LOWER_IS_BETTER, Run
+from evaluation.runs import Run, direction_of
 from evaluation.tables import ALPHA
 
 KIND_ORDER = ("full", "bare", "merged", "matching")
@@ -117,8 +117,8 @@ def score_table(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
             }
             for metric, column in run.scores.items():
                 for task, values in column.groupby(run.predictions["task"]):
-                    direction = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
                     mean = {"n_samples": int(values.count()), "mean": float(values.mean())}
+                    direction = direction_of(str(metric))
                     rows.append({**about, "metric": metric, "direction": direction, "task": task, **mean})
     return pd.DataFrame(rows)
 

@@ -147,6 +147,11 @@ class Run:
         return {name: value for name, value in self.shared.items() if name not in EVICTION_SETTINGS}
 
 
+def direction_of(metric: str) -> str:
+    """``"lower is better"`` or ``"higher is better"``."""
+    return "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
+
+
 def read_run(folder: Path) -> Run:
     """
     Read one run.
