@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
 import importlib.util
+import io
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from evaluation.compare import ALL_TASKS, compare_folders, compare_runs, compare
 from evaluation.comparisons import compare_all
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import run
+from evaluation.plots import plot_heat_map
 from evaluation.report import MARKER
 from evaluation.runs import is_twin, read_run
 from evaluation.statistics import paired_difference
@@ -399,6 +401,20 @@ def test_what_runs_write_is_what_a_report_reads(tmp_path, capsys):
     bare, merged = (json.loads((folder / "metrics.json").read_text())["fidelity"]["kl"] for folder in folders.values())
     assert (kl["bare"], kl["merged"], kl["difference"]) == pytest.approx((bare, merged, merged - bare))
     assert "Note" not in capsys.readouterr().out
+
+
+def test_what_a_heat_map_says_of_its_colours_is_not_cut_off():
+    rows = [
+        {"press": press, "kind": "merged", "level": str(ratio), "compression_ratio": ratio, "task": "fidelity"}
+        for press in ("expected_attention_head", "knorm")
+        for ratio in (0.25, 0.5, 0.75)
+    ]
+    table = pd.DataFrame(rows).assign(difference=0.1, p_holm=1.0, direction="lower is better")
+    figure = plot_heat_map(table, "KL from the full cache, nats ↓, merged minus bare")
+    figure.savefig(io.BytesIO())
+    label = next(axes.xaxis.label for axes in figure.axes if "blue is better" in axes.get_xlabel())
+    extent = label.get_window_extent()
+    assert figure.bbox.x0 <= extent.x0 < extent.x1 <= figure.bbox.x1
 
 
 def test_a_report_has_tables_plots_and_a_page(report):
