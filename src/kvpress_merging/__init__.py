@@ -22,11 +22,12 @@ from kvpress_merging.report import MergeReport
 
 __version__ = "0.1.0"
 
+# In the order in which one meets them: the API reference follows it.
 __all__ = [
-    "PRESS_REGISTRY",
-    "AttentionMatchingPress",
-    "Eviction",
-    "MergeOnEvictPress",
-    "MergeReport",
     "MergingPress",
+    "AttentionMatchingPress",
+    "MergeReport",
+    "PRESS_REGISTRY",
+    "MergeOnEvictPress",
+    "Eviction",
 ]

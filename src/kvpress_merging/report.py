@@ -49,7 +49,8 @@ class MergeReport:
     >>> from kvpress_merging import MergingPress
     >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
-    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2,
     ... )
     >>> model, cache = LlamaForCausalLM(config), DynamicCache()
     >>> press = MergingPress(KnormPress(0.5), record_pairs=True)
