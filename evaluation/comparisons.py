@@ -124,11 +124,15 @@ def score_table(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
 
 
 def verdict_on(summary: pd.DataFrame) -> str:
-    """What a summary comes to, in a sentence."""
-    counts = {name: int((summary["verdict"] == name).sum()) for name in ("better", "worse")}
+    """What a summary comes to, in a sentence: merged and re-fitted runs apart."""
+    if not len(summary):
+        return "There is no merged run with a bare run to compare with."
+    parts = []
+    # A kind, without what is not default about it.
+    for kind, rows in summary.groupby(summary["kind"].str.split(",").str[0], sort=False):
+        better, worse = (int((rows["verdict"] == verdict).sum()) for verdict in ("better", "worse"))
+        parts.append(f"{kind} is better in {better} and worse in {worse} of {len(rows)}")
     return (
-        f"Of {len(summary)} comparisons (one for each press, ratio and metric), merged is better in {counts['better']} "
-        f"and worse in {counts['worse']} at p < {ALPHA}; in the others no difference is shown."
-        if len(summary)
-        else "There is no merged run with a bare run to compare with."
+        f"Against the bare press, {', '.join(parts)} comparisons (one for each press, ratio and metric) "
+        f"at p < {ALPHA}; in the others no difference is shown."
     )

@@ -213,8 +213,8 @@ def _page(
         tiles=[
             ("runs", len(runs)),
             ("comparisons", len(summary)),
-            ("merged better", int(verdicts.get("better", 0))),
-            ("merged worse", int(verdicts.get("worse", 0))),
+            ("better than bare", int(verdicts.get("better", 0))),
+            ("worse than bare", int(verdicts.get("worse", 0))),
             ("failed runs", len(results.errors)),
         ],
         verdict=verdict_on(summary),

@@ -22,7 +22,7 @@ from tiny import tiny_model, tiny_tokenizer
 from evaluation.__main__ import main
 from evaluation.collect import read_results
 from evaluation.compare import ALL_TASKS, compare_folders, compare_runs, compare_twins
-from evaluation.comparisons import compare_all
+from evaluation.comparisons import compare_all, verdict_on
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import run
 from evaluation.plots import plot_heat_map
@@ -401,6 +401,12 @@ def test_what_runs_write_is_what_a_report_reads(tmp_path, capsys):
     bare, merged = (json.loads((folder / "metrics.json").read_text())["fidelity"]["kl"] for folder in folders.values())
     assert (kl["bare"], kl["merged"], kl["difference"]) == pytest.approx((bare, merged, merged - bare))
     assert "Note" not in capsys.readouterr().out
+
+
+def test_the_verdict_tells_merged_and_re_fitted_runs_apart():
+    rows = [("merged", "better"), ("merged, merge_fraction=0.5", "no difference shown"), ("matching", "worse")]
+    sentence = verdict_on(pd.DataFrame(rows, columns=["kind", "verdict"]))
+    assert "merged is better in 1 and worse in 0 of 2, matching is better in 0 and worse in 1 of 1 comp" in sentence
 
 
 def test_what_a_heat_map_says_of_its_colours_is_not_cut_off():
