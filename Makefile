@@ -95,7 +95,7 @@ docs: $(STAMP)  ## write the API reference of the docstrings to docs/
 package-check:  ## build sdist and wheel, install each in a fresh environment, and merge with it: a few minutes
 	@PYTHON="$(PYTHON)" TORCH_INDEX_URL="$(TORCH_INDEX_URL)" .ci/package-check
 
-bench: $(STAMP)  ## time our kernels against kvpress's own
+bench: $(STAMP)  ## time our kernels against kvpress's own: some minutes, and 9 GB of memory
 	@$(BIN)/python -m evaluation speed
 
 clean:  ## remove .venv, docs/ and caches; results/ stays
