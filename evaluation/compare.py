@@ -15,7 +15,7 @@ import pandas as pd
 from evaluation.cli import Parser
 from evaluation.collect import read_results
 from evaluation.results import FILES
-from evaluation.runs import IDENTITY, LOWER_IS_BETTER, Run, direction_of, is_twin, read_run
+from evaluation.runs import IDENTITY, LOWER_IS_BETTER, PREFIXES, Run, direction_of, is_twin, read_run
 from evaluation.statistics import holm, paired_difference
 from evaluation.tables import ALPHA, show
 
@@ -118,7 +118,7 @@ def compare_twins(runs: Iterable[Run], benchmark: str) -> tuple[pd.DataFrame, li
     runs = list(runs)
     tables, notes = [], []
     for run in runs:
-        if run.kind not in ("merged", "matching"):
+        if run.kind not in PREFIXES:
             continue
         twins = [bare for bare in runs if is_twin(run, bare)]
         if not twins:

@@ -15,10 +15,10 @@ import pandas as pd
 
 from evaluation.collect import Results
 from evaluation.compare import ALL_TASKS, compare_twins
-from evaluation.runs import Run, direction_of
+from evaluation.runs import PREFIXES, Run, direction_of
 from evaluation.tables import ALPHA
 
-KIND_ORDER = ("full", "bare", "merged", "matching")
+KIND_ORDER = ("full", "bare", *PREFIXES)
 """How tables and legends sort."""
 
 # Fidelity's other metrics are in the tables.

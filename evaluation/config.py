@@ -68,8 +68,8 @@ class EvaluationConfig:
     press_name: str = field(
         default="knorm",
         metadata={
-            "help": "a press of kvpress, by the name in kvpress's evaluation, or the same with merging_ before it; "
-            f"{NO_PRESS} for the full cache"
+            "help": "a press of kvpress, by the name in kvpress's evaluation, or the same with merging_ or matching_ "
+            f"before it; {NO_PRESS} for the full cache"
         },
     )
     compression_ratio: float = field(
