@@ -76,6 +76,14 @@ class LayerReport:
         return row
 
 
+def _quantile(ranked: torch.Tensor, q: float) -> float:
+    """The quantile of a sorted vector, interpolated linearly as ``torch.quantile`` does."""
+    position = q * (len(ranked) - 1)
+    low = int(position)
+    high = min(low + 1, len(ranked) - 1)
+    return float(ranked[low] + (ranked[high] - ranked[low]) * (position - low))
+
+
 def in_words(rows: list[dict[str, Any]]) -> str:
     """What the summaries of all layers come to, in one line."""
     kept, evicted, merged = (sum(row[name] for row in rows) for name in ("kept", "evicted", "merged"))
@@ -98,11 +106,3 @@ def in_words(rows: list[dict[str, Any]]) -> str:
 
 def _mean(rows: list[dict[str, Any]], name: str, weight: str) -> float:
     return float(sum(row[name] * row[weight] for row in rows) / sum(row[weight] for row in rows))
-
-
-def _quantile(ranked: torch.Tensor, q: float) -> float:
-    """The quantile of a sorted vector, interpolated linearly as ``torch.quantile`` does."""
-    position = q * (len(ranked) - 1)
-    low = int(position)
-    high = min(low + 1, len(ranked) - 1)
-    return float(ranked[low] + (ranked[high] - ranked[low]) * (position - low))
