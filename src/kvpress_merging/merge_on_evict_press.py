@@ -67,7 +67,8 @@ class MergeOnEvictPress(PressWrapper):
     ...         index = eviction.evicted.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1])
     ...         return kept_keys, kept_values + self.share * values.gather(2, index).mean(dim=2, keepdim=True)
     >>> config = LlamaConfig(
-    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2,
     ... )
     >>> model, cache = LlamaForCausalLM(config), DynamicCache()
     >>> with torch.no_grad(), MeanPress(KnormPress(0.5))(model):

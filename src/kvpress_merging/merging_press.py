@@ -24,14 +24,13 @@ class MergingPress(MergeOnEvictPress):
     Merge on evict: before a press throws a position away, blend its value into the survivor whose key is most similar.
 
     For each evicted position ``i`` and its most cosine-similar survivor ``j`` in the same head, with
-    ``w_i = max(cos(k_i, k_j), 0)``, times ``|v_i| / (|v_i| + |v_j|)`` by default::
-
-        v'_j = (v_j + sum_i w_i v_i) / (1 + sum_i w_i)
+    ``w_i = max(cos(k_i, k_j), 0)``, times ``|v_i| / (|v_i| + |v_j|)`` by default, ``j`` then holds
+    ``v'_j = (v_j + sum_i w_i v_i) / (1 + sum_i w_i)``.
 
     Keys stay as they are, so that RoPE stays right. Which positions survive is the inner press's choice alone.
 
-    The idea of merging instead of evicting is that of Token Merging (https://arxiv.org/abs/2210.09461), for KV caches
-    that of CaM (https://openreview.net/forum?id=LCTmppB165) and D2O (https://arxiv.org/abs/2406.13035).
+    The idea of merging instead of evicting is that of [Token Merging](https://arxiv.org/abs/2210.09461), for KV caches
+    that of [CaM](https://openreview.net/forum?id=LCTmppB165) and [D2O](https://arxiv.org/abs/2406.13035).
 
     Parameters
     ----------
@@ -71,7 +70,8 @@ class MergingPress(MergeOnEvictPress):
     >>> from kvpress_merging import MergingPress
     >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
-    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2,
     ... )
     >>> model, cache = LlamaForCausalLM(config), DynamicCache()
     >>> press = MergingPress(KnormPress(compression_ratio=0.5), similarity_threshold=0.3)

@@ -3,8 +3,8 @@
 """
 Re-fit the survivors of a layer so that attention over them gives what attention over the full cache gave.
 
-After "Fast KV Compaction via Attention Matching" (https://arxiv.org/abs/2602.16284), and KeepKV
-(https://arxiv.org/abs/2504.09936) for why the attention mass of what is evicted matters.
+After [Fast KV Compaction via Attention Matching](https://arxiv.org/abs/2602.16284), and
+[KeepKV](https://arxiv.org/abs/2504.09936) for why the attention mass of what is evicted matters.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def attention_match(
     ``O_r = sum_j p_rj v_j``:
 
     1. *mass*. Each evicted position is counted to the survivor whose logits are most like its own, of some that are
-       near it in the context (:func:`~kvpress_merging.kernels.nearby.nearest_nearby` in the norm of ``Q^T Q + a I``).
+       near it in the context (:func:`kvpress_merging.kernels.nearby.nearest_nearby` in the norm of ``Q^T Q + a I``).
        The logit of survivor j should then grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the i
        counted to j. The shift of its key that does so best is a ridge regression, ``D = (Q^T Q + a I)^-1 Q^T d_j``,
        one factorization for all survivors.
