@@ -42,6 +42,10 @@ FOLLOWED = {
     "advanced indices": lambda x: x[torch.arange(2)[:, None, None], torch.arange(3)[None, :, None], INDEX],
     "gather": lambda x: x.gather(2, INDEX[..., None].expand(-1, -1, -1, HEAD_DIM)),
     "torch.gather, spelled out": lambda x: torch.gather(x, dim=2, index=INDEX[..., None].repeat(1, 1, 1, HEAD_DIM)),
+    "gather of heads": lambda x: x.gather(1, torch.tensor([2, 0]).view(1, 2, 1, 1).expand(BSZ, 2, K_LEN, HEAD_DIM)),
+    "gather of what was picked": lambda x: x[:, :, 3:].gather(
+        2, INDEX[..., :2, None].remainder(7).expand(-1, -1, -1, 4)
+    ),
     "take_along_dim": lambda x: torch.take_along_dim(x, INDEX[..., None], dim=2),
     "index_select": lambda x: torch.index_select(x, 2, torch.tensor([9, 1])),
     "narrow": lambda x: x.narrow(2, 3, 4),
