@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An exception surfaces as it was raised, and leaves model, press and cache as they were."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -10,7 +11,7 @@ import weakref
 import pytest
 import torch
 from every_press import CASES
-from kvpress import AdaKVPress, KnormPress, PerLayerCompressionPress, ScorerPress
+from kvpress import AdaKVPress, BasePress, KnormPress, PerLayerCompressionPress, ScorerPress
 from replay import assert_merged, attention_modules, clear_masks, run
 from tiny import tiny_checkpoint
 from transformers import DynamicCache
@@ -124,6 +125,63 @@ def test_a_layer_whose_press_fails_is_put_back(wrap, llama, input_ids):
     assert torch.equal(cache.layers[2].values, full[2].values)
     assert torch.equal(cache.layers[2].keys, full[2].keys)
     assert scorer.compression_ratio == 0.25
+
+
+def test_tensors_that_a_failing_compress_wrote_into_are_put_back(llama):
+    keys, values = torch.randn(2, 1, 2, 20, 16)
+    before = keys.clone(), values.clone()
+    module = attention_modules(llama)[2]
+    with pytest.raises(Stop, match="score"):
+        MergingPress(FailingPress(0.25)).compress(module, torch.randn(1, 20, 64), keys, values, None, {})
+    assert torch.equal(keys, before[0])
+    assert torch.equal(values, before[1])
+
+
+class ForgivingPress(KnormPress):
+    """Lets no Stop out of its context."""
+
+    @contextlib.contextmanager
+    def __call__(self, model):
+        with contextlib.suppress(Stop), super().__call__(model):
+            yield
+
+
+def test_an_exception_that_the_press_itself_swallows_leaves_no_tracks_either(llama, input_ids):
+    before = tracks_of(llama)
+    with MergingPress(ForgivingPress(0.5))(llama):
+        raise Stop
+    assert tracks_of(llama) == before
+    with pytest.raises(KeyboardInterrupt), MergingPress(ForgivingPress(0.5))(llama):
+        raise KeyboardInterrupt
+    assert tracks_of(llama) == before
+
+
+class ReplayingPress(BasePress):
+    """When its context exits, runs the model once more and then cuts the cache."""
+
+    def __init__(self, cache, n_left: int):
+        self.cache, self.n_left = cache, n_left
+
+    @contextlib.contextmanager
+    def __call__(self, model):
+        yield
+        model.model(input_ids=torch.tensor([[7]]), past_key_values=self.cache)
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, : self.n_left], layer.values[:, :, : self.n_left]
+
+
+def test_a_cache_cut_after_a_pass_of_the_presss_own_is_left_as_it_was_and_the_press_named(llama, input_ids):
+    full, cache = run(llama, None, input_ids), DynamicCache()
+    with pytest.raises(ValueError, match=r"^ReplayingPress shortened the cache in a way that does not show"):
+        run(llama, MergingPress(ReplayingPress(cache, n_left=50)), input_ids, cache=cache)
+    for layer, layer_full in zip(cache.layers, full, strict=True):
+        assert torch.equal(layer.keys, layer_full.keys)
+        assert torch.equal(layer.values, layer_full.values)
+    # Cut back to the context alone, it has lost nothing.
+    cache = DynamicCache()
+    run(llama, MergingPress(ReplayingPress(cache, n_left=96)), input_ids, cache=cache)
+    for layer, layer_full in zip(cache.layers, full, strict=True):
+        assert torch.equal(layer.values, layer_full.values)
 
 
 def test_a_fold_that_fails_puts_the_layer_back(llama, input_ids, monkeypatch):

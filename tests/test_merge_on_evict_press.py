@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from every_press import AveragingPress
-from kvpress import BasePress, KnormPress
+from kvpress import BasePress, KnormPress, PerLayerCompressionPress
 from replay import attention_modules, clear_masks, run
 from test_every_press import CASES, input_ids_for, llama, tokenizer_folder  # noqa: F401
 from tiny import tiny_model
@@ -90,10 +90,10 @@ class HooksOfItsOwn(BasePress):
     @contextmanager
     def __call__(self, model):
         def with_kwargs(module, args, kwargs, output):
-            self.given.append((module, kwargs["past_key_values"], output is not None))
+            self.given.append((module, args, kwargs["past_key_values"], output is not None))
 
         def without(module, args, output):
-            self.given.append((module, None, output is not None))
+            self.given.append((module, args, None, output is not None))
 
         handles = [model.model.register_forward_hook(with_kwargs, with_kwargs=True)]
         handles += [model.model.register_forward_hook(without)]
@@ -116,7 +116,7 @@ def test_hooks_of_a_press_get_their_own_module_and_what_they_asked_for(llama):  
     finally:
         handle.remove()
     modules = [*attention_modules(llama), llama.model]
-    assert inner.given == [given for module in modules for given in ((module, cache, True), (module, None, True))]
+    assert inner.given == [(module, (), given, True) for module in modules for given in (cache, None)]
     assert earlier == [llama.model]  # once, though it was there before the press
 
 
@@ -186,3 +186,36 @@ def test_a_press_that_evicts_nothing_is_handed_nothing(llama):  # noqa: F811
     for layer, layer_full in zip(merged, full, strict=True):
         assert torch.equal(layer.keys, layer_full.keys)
         assert torch.equal(layer.values, layer_full.values)
+
+
+class NotingInnerPress(BasePress):
+    """Keeps the later half, and notes what it is given."""
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        self.given = (module, hidden_states, attentions, kwargs)
+        return keys[:, :, keys.shape[2] // 2 :], values[:, :, values.shape[2] // 2 :]
+
+
+def test_a_press_around_it_hands_the_inner_press_what_it_is_given(llama):  # noqa: F811
+    inner, module = NotingInnerPress(), attention_modules(llama)[0]
+    clear_masks(llama)
+    keys, values = torch.randn(2, 1, 2, 20, 16)
+    hidden_states, attentions, kwargs = torch.randn(1, 20, 64), torch.randn(1, 4, 20, 20), {"of": "the pass"}
+    NotingPress(inner).compress(module, hidden_states, keys, values, attentions, kwargs)
+    assert inner.given[0] is module
+    assert inner.given[1] is hidden_states
+    assert inner.given[2] is attentions
+    assert inner.given[3] is kwargs
+
+
+class FailingPress(KnormPress):
+    def score(self, *args, **kwargs):
+        raise ZeroDivisionError
+
+
+def test_a_ratio_that_a_press_set_for_one_layer_is_put_back_where_that_layer_fails(llama):  # noqa: F811
+    inner = FailingPress(0.3)
+    press = MergingPress(PerLayerCompressionPress(inner, [0.5, 0.6, 0.7, 0.8]))
+    with pytest.raises(ZeroDivisionError):
+        run(llama, press, torch.arange(10, 40)[None])
+    assert inner.compression_ratio == 0.3
