@@ -115,13 +115,25 @@ class FailingPress(ScorerPress):
         return keys.norm(dim=-1)
 
 
+class CallingPress(BasePress):
+    """Calls the forward hook of a press inside it."""
+
+    def __init__(self, press):
+        self.press = press
+
+    def forward_hook(self, module, input, kwargs, output):
+        return self.press.forward_hook(module, input, kwargs, output)
+
+
+@pytest.mark.parametrize("is_inside", [False, True], ids=["alone", "inside a press that calls its hook"])
 @pytest.mark.parametrize("wrap", [lambda press: press, AdaKVPress, lambda p: PerLayerCompressionPress(p, [0.5] * 4)])
-def test_a_layer_whose_press_fails_is_put_back(wrap, llama, input_ids):
+def test_a_layer_whose_press_fails_is_put_back(wrap, is_inside, llama, input_ids):
     full = run(llama, None, input_ids)
     cache = DynamicCache()
     scorer = FailingPress(0.25)
+    press = MergingPress(wrap(scorer))
     with pytest.raises(Stop, match="score"):
-        run(llama, MergingPress(wrap(scorer)), input_ids, cache=cache)
+        run(llama, CallingPress(press) if is_inside else press, input_ids, cache=cache)
     assert torch.equal(cache.layers[2].values, full[2].values)
     assert torch.equal(cache.layers[2].keys, full[2].keys)
     assert scorer.compression_ratio == 0.25
@@ -135,6 +147,50 @@ def test_tensors_that_a_failing_compress_wrote_into_are_put_back(llama):
         MergingPress(FailingPress(0.25)).compress(module, torch.randn(1, 20, 64), keys, values, None, {})
     assert torch.equal(keys, before[0])
     assert torch.equal(values, before[1])
+
+
+class UnmaskingPress(BasePress):
+    """Masks the first five positions, unmasks them when ``step`` comes, and fails."""
+
+    def __init__(self, step: str):
+        self.step = step
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        if self.step == "compress":
+            self.fail([module])
+        module.masked_key_indices = torch.where(torch.arange(keys.shape[2]).expand(keys.shape[:3]) < 5)
+        return keys, values
+
+    @contextlib.contextmanager
+    def __call__(self, model):
+        with super().__call__(model):
+            yield
+        self.fail(attention_modules(model))
+
+    def fail(self, modules):
+        for module in modules:
+            module.masked_key_indices = None
+        raise Stop(self.step)
+
+
+def test_masks_that_a_failing_compress_took_away_are_put_back(llama):
+    module = attention_modules(llama)[0]
+    module.masked_key_indices = masked = torch.tensor([0]), torch.tensor([1]), torch.tensor([3])
+    keys, values = torch.randn(2, 1, 2, 20, 16)
+    with pytest.raises(Stop, match="compress"):
+        MergingPress(UnmaskingPress("compress")).compress(module, torch.randn(1, 20, 64), keys, values, None, {})
+    assert module.masked_key_indices is masked
+    clear_masks(llama)
+
+
+def test_masks_that_a_press_took_away_before_it_failed_on_leaving_are_put_back(llama, input_ids):
+    full, cache = run(llama, None, input_ids), DynamicCache()
+    with pytest.raises(Stop, match="exit"):
+        run(llama, MergingPress(UnmaskingPress("exit")), input_ids, cache=cache)
+    for module, layer, layer_full in zip(attention_modules(llama), cache.layers, full, strict=True):
+        assert [index.tolist() for index in module.masked_key_indices] == [[0] * 10, [0] * 5 + [1] * 5, [*range(5)] * 2]
+        assert not torch.equal(layer.values, layer_full.values)  # as after its eviction
+        assert torch.equal(layer.keys, layer_full.keys)
 
 
 class ForgivingPress(KnormPress):

@@ -110,14 +110,19 @@ class HooksOfItsOwn(BasePress):
 def test_hooks_of_a_press_get_their_own_module_and_what_they_asked_for(llama):  # noqa: F811
     inner, cache = HooksOfItsOwn(), DynamicCache()
     earlier = []
-    handle = llama.model.register_forward_hook(lambda module, args, output: earlier.append(module))
+
+    def note(module, args, kwargs, output):
+        earlier.append((module, {type(layer.keys) for layer in kwargs["past_key_values"].layers}))
+
+    handle = llama.model.register_forward_hook(note, with_kwargs=True)
     try:
         run(llama, NotingPress(inner), torch.arange(10, 40)[None], cache=cache)
     finally:
         handle.remove()
     modules = [*attention_modules(llama), llama.model]
     assert inner.given == [(module, (), given, True) for module in modules for given in (cache, None)]
-    assert earlier == [llama.model]  # once, though it was there before the press
+    # Once, though it was there before the press, and with no part in what the press does.
+    assert earlier == [(llama.model, {torch.Tensor})]
 
 
 @pytest.mark.parametrize("of", ["shape", "dtype"])

@@ -95,6 +95,19 @@ def test_parameters_and_numbers_of_queries(n_queries, options):
     assert_same(run(layer, queries, **options), run(layer, queries, naive_attention_match, **options), torch.float32)
 
 
+@pytest.mark.parametrize("kind", ["shrunk", "masked", "ragged"])
+def test_heads_take_the_fits_that_the_naive_form_takes_and_no_others(kind):
+    alike = redundant_layer(1, 3, 60, 30)
+    keys = torch.cat([alike.keys, random_rows(1, 3, 60, 8, seed=20)], dim=1)
+    values = torch.cat([alike.values, random_rows(1, 3, 60, 8, seed=21)], dim=1)
+    layer = evict(keys, values, 30, kind, seed=0)
+    queries = queries_for(layer, 13)
+    match, expected = run(layer, queries), run(layer, queries, naive_attention_match)
+    assert match.is_fitted.tolist() == expected.is_fitted.tolist()
+    assert 0 < match.is_fitted.sum() < 6
+    assert_same(match, expected, torch.float32)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layer=layers(), n_queries=st.integers(1, 9))
 def test_any_layer_leaves_finite_heads_finite_and_unfitted_heads_as_they_were(layer, n_queries):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -193,6 +194,20 @@ def test_auto_takes_the_kernel_where_it_serves(monkeypatch, serves):
     with mock.patch.object(nearest_triton, "search", wraps=nearest_triton.search) as searched:
         nearest_survivors(layer.keys, torch.ones(1, 1, 60, dtype=torch.bool), layer.eviction)
     assert searched.called == serves
+
+
+def test_auto_asks_on_a_gpu_alone_and_of_these_very_keys_whether_the_kernel_serves(monkeypatch):
+    def keys_on(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(device=device, dtype=torch.bfloat16, shape=(1, 2, 30, 64))
+
+    gpu = torch.device("cuda", 1)
+    with mock.patch.object(trial, "serves") as serves:
+        assert nearest_module._triton_serves(keys_on(gpu)) is serves.return_value
+        serves.assert_called_once_with(gpu, torch.bfloat16, 64)
+        assert not nearest_module._triton_serves(keys_on(torch.device("cpu")))
+        monkeypatch.setattr(nearest_module, "find_spec", lambda name: None)
+        assert not nearest_module._triton_serves(keys_on(gpu))
+    assert serves.call_count == 1
 
 
 # Where it cannot run
