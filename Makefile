@@ -70,7 +70,9 @@ endef
 coverage: $(VENV)/.trust  ## measure which lines and branches of src/ the tests run
 	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --cov --cov-report=
 	@mkdir -p evaluation/results/trust
-	@$(BIN)/coverage report --format=markdown > evaluation/results/trust/coverage.md; \
+	@{ printf '# Coverage\n\n`make coverage`: the lines and branches of `src/` that the tests run, and those that they miss: '; \
+		printf 'abstract methods, and what runs on a GPU or in a process of its own.\n\n'; \
+		$(BIN)/coverage report --format=markdown; } > evaluation/results/trust/coverage.md; \
 		status=$$?; cat evaluation/results/trust/coverage.md; exit $$status
 
 mutation: $(VENV)/.trust  ## break the code in many places, one at a time, and count what the tests notice: up to an hour
