@@ -18,7 +18,16 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, QuantizedLayer, StaticLayer
 
-from kvpress_merging.tracing import Trace, TracedTensor, has_foreign_rows, plain, positions_of, trace, with_rows_of
+from kvpress_merging.tracing import (
+    Trace,
+    TracedTensor,
+    has_foreign_rows,
+    is_traced,
+    plain,
+    positions_of,
+    trace,
+    with_rows_of,
+)
 
 
 @dataclass
@@ -120,9 +129,7 @@ class OpenLayer:
         raise NotImplementedError
 
     def _describe(self, keys: torch.Tensor, values: torch.Tensor) -> Left:
-        keys_rewritten = self.traced_keys._trace.is_modified or (
-            keys is not self.traced_keys and positions_of(keys) is None
-        )
+        keys_rewritten = self.traced_keys._trace.is_modified or (keys is not self.traced_keys and not is_traced(keys))
         positions = positions_of(values)
         if positions is not None:
             positions = positions.to(values.device)

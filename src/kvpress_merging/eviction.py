@@ -114,11 +114,14 @@ class Eviction:
         k_len : int
             Number of positions before the eviction.
         """
-        survivors, slots = positions.sort(dim=-1)
-        is_evicted = torch.ones(*positions.shape[:2], k_len, dtype=torch.bool, device=positions.device)
-        is_evicted.scatter_(-1, positions, False)
-        evicted = is_evicted.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
-        return cls(survivors, slots, evicted[..., : k_len - positions.shape[-1]], k_len)
+        n_kept = positions.shape[-1]
+        is_evicted = torch.ones(*positions.shape[:2], k_len, dtype=torch.uint8, device=positions.device)
+        is_evicted.scatter_(-1, positions, 0)
+        order = is_evicted.sort(dim=-1, stable=True).indices
+        survivors, evicted = order[..., :n_kept], order[..., n_kept:]
+        slot = torch.arange(n_kept, device=positions.device).expand_as(positions)
+        slots = torch.empty_like(order).scatter_(-1, positions, slot).gather(-1, survivors)
+        return cls(survivors, slots, evicted, k_len)
 
     @classmethod
     def from_masks(

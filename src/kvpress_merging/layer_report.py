@@ -30,13 +30,12 @@ class LayerReport:
     pairs: list[Pairs] = field(default_factory=list)
 
     def add(self, similarity: torch.Tensor, weight: torch.Tensor, most_merges: torch.Tensor) -> None:
-        self.similarities.append(similarity.flatten())
-        self.weights.append(weight.flatten())
-        self.most_merges.append(most_merges.flatten())
+        self.similarities.append(similarity)
+        self.weights.append(weight)
+        self.most_merges.append(most_merges)
         if len(self.weights) > _MOST_PARTS:
-            self.similarities = [torch.cat(self.similarities)]
-            self.weights = [torch.cat(self.weights)]
-            self.most_merges = [torch.cat(self.most_merges).amax(dim=0, keepdim=True)]
+            self.similarities, self.weights = [_joined(self.similarities)], [_joined(self.weights)]
+            self.most_merges = [torch.stack(self.most_merges).amax()]
 
     def add_fits(self, eviction: Eviction, fits: torch.Tensor) -> None:
         self.fits.append(fits)
@@ -61,9 +60,9 @@ class LayerReport:
             row["error_after"] = float(torch.where(is_fitted > 0, error_after, error_before).mean())
         if not self.weights:
             return row
-        weight = torch.cat(self.weights)
+        weight = _joined(self.weights)
         is_merged = weight > 0
-        similarity = torch.cat(self.similarities)[is_merged].double()
+        similarity = _joined(self.similarities)[is_merged].double()
         bound = 1 / (1 + weight[is_merged].double())
         row["merged"] = int(is_merged.sum())
         if row["merged"]:
@@ -72,8 +71,12 @@ class LayerReport:
             row["similarity_mean"] = float(similarity.mean())
             row["similarity_q05"], row["similarity_q50"] = (_quantile(ranked, q) for q in (0.05, 0.5))
             row["bound_mean"] = float(bound.mean())
-            row["most_merges"] = int(torch.cat(self.most_merges).max())
+            row["most_merges"] = int(torch.stack(self.most_merges).max())
         return row
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in parts])
 
 
 def _quantile(ranked: torch.Tensor, q: float) -> float:

@@ -11,7 +11,7 @@ So the positions that a press kept can be read off what it returns, whatever its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -71,6 +71,7 @@ class TracedTensor(torch.Tensor):
     _trace: Trace
     _rows: Callable[[], torch.Tensor]
     _has_foreign_rows: bool = False
+    _is_whole: bool = False  # holds all positions, in order
 
     @classmethod
     def __torch_function__(
@@ -99,7 +100,9 @@ def trace(tensor: torch.Tensor) -> TracedTensor:
         positions = torch.arange(k_len, device=tensor.device).view(1, 1, k_len, 1)
         return positions.expand(bsz, num_key_value_heads, k_len, 1)
 
-    return _traced(tensor, Trace(tensor), identity)
+    traced = _traced(tensor, Trace(tensor), identity)
+    traced._is_whole = True
+    return traced
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,12 +115,17 @@ def with_rows_of(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return _child(source, tensor, source._rows) if isinstance(source, TracedTensor) else tensor
 
 
+def is_traced(tensor: torch.Tensor) -> TypeGuard[TracedTensor]:
+    """Whether the positions that ``tensor`` holds are known."""
+    return isinstance(tensor, TracedTensor) and not tensor._trace.is_lost
+
+
 def positions_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """
     The positions that ``tensor`` holds, int64, shape ``tensor.shape[:-1]``, with ``FOREIGN`` for rows that did not come
     from the traced cache; None where they are not known.
     """
-    if not isinstance(tensor, TracedTensor) or tensor._trace.is_lost:
+    if not is_traced(tensor):
         return None
     with torch._C.DisableTorchFunctionSubclass():
         return tensor._rows().squeeze(-1)
@@ -253,8 +261,11 @@ def _follow_index(name: str, source: TracedTensor, args: tuple, kwargs: dict, ou
         is_one_row = index.shape[-1] == 1 or index.stride(-1) == 0 or torch.equal(index, head.expand_as(index))
         if not is_one_row or out.shape[-1] != source.shape[-1]:
             return _to_plain(out)
-        rows = parent().expand(*source.shape[:-1], 1)
-        rows = rows.gather(dim, head) if name == "gather" else rows.take_along_dim(head, dim=dim)
+        if name == "gather" and source._is_whole and dim in (2, -2):
+            rows = head.clone()  # the index of a position is the position
+        else:
+            rows = parent().expand(*source.shape[:-1], 1)
+            rows = rows.gather(dim, head) if name == "gather" else rows.take_along_dim(head, dim=dim)
     return _child(source, out, lambda: rows)
 
 

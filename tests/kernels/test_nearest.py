@@ -325,12 +325,6 @@ def test_a_tile_is_as_large_as_allowed_and_no_larger_than_needed(n_survivors, n_
     assert shape[0] * shape[1] * shape[2] * 4 <= max(tile_bytes, 16 * 16 * 4)
 
 
-def test_a_cpu_reduces_a_tile_by_groups_of_rows_and_other_devices_at_once():
-    assert nearest_module._n_groups(130, torch.device("cpu")) == 3
-    assert nearest_module._n_groups(128, torch.device("cpu")) == 2
-    assert nearest_module._n_groups(130, torch.device("cuda")) == 1
-
-
 def test_the_only_survivor_of_a_layer_is_found():
     layer = random_layer(1, 1, 5, 1)
     assert_nearest(layer, *search(layer))

@@ -20,6 +20,7 @@ from kvpress_merging.kernels.rows import (
     add_rows_,
     adds_by_segment,
     block_bytes,
+    flat_rows,
     head_blocks,
     row_norms,
 )
@@ -117,9 +118,9 @@ def cosine_blend(
         If ``tile_bytes`` is below 1, or ``kernel`` is unknown or cannot run on these tensors.
     """
     value_norm = row_norms(values)
-    similarity, target = nearest_survivors(keys, value_norm.isfinite(), eviction, tile_bytes=tile_bytes, kernel=kernel)
-    weight = torch.zeros_like(similarity)
+    similarity, target = nearest_survivors(keys, value_norm < torch.inf, eviction, tile_bytes=tile_bytes, kernel=kernel)
     if eviction.n_evicted == 0 or eviction.n_survivors == 0:
+        weight = torch.zeros_like(similarity)
         return Blend(kept_keys, kept_values, similarity, weight, target, torch.zeros_like(target, dtype=torch.bool))
 
     is_selected = select_merges(
@@ -177,7 +178,7 @@ def select_merges(
     torch.Tensor
         bool, shape ``(bsz, num_key_value_heads, n_evicted)``.
     """
-    is_selected = similarity.isfinite() & (similarity >= similarity_threshold)
+    is_selected = similarity >= similarity_threshold  # never -inf
     if merge_fraction == 1.0 and max_merge_per_token == 0:
         return is_selected
 
@@ -220,7 +221,8 @@ def _value_norm_ratio(norm: torch.Tensor, target: torch.Tensor, eviction: Evicti
     """
     evicted_norm = norm.gather(-1, eviction.evicted)
     sum_of_norms = norm.gather(-1, eviction.survivors.gather(-1, target)).add_(evicted_norm)
-    return (evicted_norm / sum_of_norms.masked_fill_(sum_of_norms == 0, 1.0)).float()
+    # No sum of norms of float32 rows is less, unless it is 0.
+    return (evicted_norm / sum_of_norms.clamp_(min=1e-45)).float()
 
 
 def _weighted_means(
@@ -266,21 +268,18 @@ def _weighted_means(
             continue
         # What merges nowhere goes to one row more than there are slots: it may not be finite.
         n_rows = len(kept) * n_slots
-        k_len = rows.shape[2]
-        flat_weight = weight[b, heads, :n_evicted].reshape(-1)
-        first_row = torch.arange(0, n_rows, n_slots, device=rows.device)[:, None]
-        to_row = (slot[b, heads, :n_evicted] + first_row).view(-1).masked_fill_(flat_weight == 0, n_rows)
-        first_position = torch.arange(0, len(kept) * k_len, k_len, device=rows.device)[:, None]
-        position = (eviction.evicted[b, heads, :n_evicted] + first_position).view(-1)
+        weight_of_row = weight[b, heads, :n_evicted].reshape(-1)
+        to_row = flat_rows(slot[b, heads, :n_evicted], n_slots).masked_fill_(weight_of_row == 0, n_rows)
+        from_row = flat_rows(eviction.evicted[b, heads, :n_evicted], rows.shape[2])
         if adds_by_segment(rows.device):
             to_row, order = to_row.sort(stable=True)
-            flat_weight, position = flat_weight[order], position[order]
+            weight_of_row, from_row = weight_of_row[order], from_row[order]
         total = torch.zeros(n_rows + 1, dtype=torch.float32, device=rows.device)
-        add_rows_(total, to_row, flat_weight)
-        own_share = 1 / (1 + total)
-        share = own_share[to_row].mul_(flat_weight)
+        add_rows_(total, to_row, weight_of_row)
+        own_share = (total + 1).reciprocal_()
+        share = own_share.index_select(0, to_row).mul_(weight_of_row)
 
-        evicted = rows[b, heads].reshape(-1, head_dim).index_select(0, position).float()
+        evicted = rows[b, heads].reshape(-1, head_dim).index_select(0, from_row).float()
         mean = torch.empty(n_rows + 1, head_dim, dtype=torch.float32, device=rows.device)
         torch.mul(kept, own_share[:-1].view(*kept.shape[:2], 1), out=mean[:-1].view(kept.shape))
         add_rows_(mean, to_row, evicted.mul_(share[:, None]))

@@ -20,6 +20,7 @@ from kvpress_merging.kernels.rows import (
     add_rows_,
     adds_by_segment,
     block_bytes,
+    flat_rows,
     gather_rows,
     head_blocks,
     scatter_rows,
@@ -242,8 +243,7 @@ def _rows_of(target: torch.Tensor, n_survivors: int) -> tuple[torch.Tensor, torc
     The row among all heads' survivors that each evicted position is counted to, and the order that they are in, if it
     is another than the evicted positions' own.
     """
-    first_row = torch.arange(0, len(target) * n_survivors, n_survivors, device=target.device)[:, None]
-    to_row = (target + first_row).view(-1)
+    to_row = flat_rows(target, n_survivors)
     return to_row.sort(stable=True) if adds_by_segment(target.device) else (to_row, None)
 
 

@@ -11,7 +11,7 @@ in a few lines, with the whole matrix.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from math import ceil, isqrt, prod
+from math import isqrt, prod
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +103,7 @@ def nearest_survivors(
     similarity : torch.Tensor
         float32, shape ``(bsz, num_key_value_heads, n_evicted)``; -inf in padding.
     target : torch.Tensor
-        Index into ``eviction.survivors`` of the same head, int64, same shape; 0 where the similarity is -inf, unless
-        only the evicted position itself is at fault.
+        Index into ``eviction.survivors`` of the same head, int64, same shape; 0 where the similarity is -inf.
 
     Raises
     ------
@@ -120,7 +119,7 @@ def nearest_survivors(
         _check_triton_runs(keys)
 
     norm = row_norms(keys)
-    is_usable = norm.isfinite() & has_finite_value
+    is_usable = (norm < torch.inf) & has_finite_value
     scaled = ScaledKeys.of(keys, norm)
     similarity = torch.full(eviction.evicted.shape, -torch.inf, dtype=torch.float32, device=keys.device)
     target = torch.zeros_like(eviction.evicted)
@@ -167,8 +166,7 @@ def _search(
     Shapes are those of :func:`nearest_survivors` without the batch axis and without padding.
     """
     n_heads, n_evicted = evicted.shape
-    n_survivors = survivors.shape[-1]
-    _, n_rows, n_columns = tile_shape(n_survivors, n_evicted, evicted.device, tile_bytes)
+    _, n_rows, n_columns = tile_shape(survivors.shape[-1], n_evicted, evicted.device, tile_bytes)
     buffer = torch.empty(n_heads * n_rows * n_columns, dtype=torch.float32, device=evicted.device)
 
     # An evicted position that is not finite spoils its own column alone.
@@ -176,42 +174,59 @@ def _search(
     positions = survivors.gather(-1, origin)
     blocks = scaled.rows(positions).split(n_rows, dim=1)
     inverse_norms = scaled.inverse_norms(positions)
-    queries = F.pad(evicted, (0, -n_evicted % _SIDE_MULTIPLE))
+    norms_of_blocks = [None] * len(blocks) if inverse_norms is None else inverse_norms.split(n_rows, dim=1)
+    n_missing = -n_evicted % _SIDE_MULTIPLE
+    queries = F.pad(evicted, (0, n_missing)) if n_missing else evicted
 
-    # Allocated once: with an allocation for each block, the C library's heap grew to ten times what was in use.
-    n_groups = sum(_n_groups(block.shape[1], evicted.device) for block in blocks)
-    best_buffer = torch.empty(n_heads * n_groups * n_columns, dtype=torch.float32, device=evicted.device)
-    row_buffer = torch.empty(n_heads * n_groups * n_columns, dtype=torch.int64, device=evicted.device)
-    best = torch.empty(queries.shape, dtype=torch.float32, device=evicted.device)
-    index = torch.empty_like(queries)
-    for i, block_of_queries in enumerate(queries.split(n_columns, dim=1)):
+    found = []
+    for block_of_queries in queries.split(n_columns, dim=1):
         query_keys = scaled.rows(block_of_queries).transpose(1, 2)
-        width = query_keys.shape[2]
-        best_of_groups, row_of_groups = (
-            buffer_of[: n_heads * n_groups * width].view(n_heads, n_groups, width)
-            for buffer_of in (best_buffer, row_buffer)
-        )
-        n_before, group_before = 0, 0
-        for block in blocks:
-            shape = (n_heads, block.shape[1], width)
-            tile = products(block, query_keys, out=buffer[: prod(shape)].view(shape))
-            if inverse_norms is not None:
-                tile.mul_(inverse_norms[:, n_before : n_before + block.shape[1], None])
-            best_of_block, row_of_block = first_max(tile, _POOL)
-            groups = slice(group_before, group_before + best_of_block.shape[1])
-            best_of_groups[:, groups] = best_of_block
-            torch.add(row_of_block, n_before, out=row_of_groups[:, groups])
-            n_before, group_before = n_before + block.shape[1], groups.stop
-        best_of_all, group = first_max(best_of_groups, n_groups)
-        columns = slice(i * n_columns, i * n_columns + width)
-        best[:, columns] = best_of_all[:, 0]
-        index[:, columns] = row_of_groups.gather(1, group)[:, 0]
+        best, index = _best_of_block(blocks[0], query_keys, norms_of_blocks[0], buffer)
+        for number, block in enumerate(blocks[1:], start=1):
+            best_of_block, row = _best_of_block(block, query_keys, norms_of_blocks[number], buffer)
+            is_better = best_of_block > best
+            best = torch.where(is_better, best_of_block, best)
+            index = torch.where(is_better, row.add_(number * n_rows), index)
+        found.append((best, index))
+    best, index = found[0] if len(found) == 1 else (torch.cat(parts, dim=1) for parts in zip(*found))
 
-    cosine = best[:, :n_evicted]
+    cosine, index = best[:, :n_evicted], index[:, :n_evicted]
     if (inverse_norms_of_queries := scaled.inverse_norms(evicted)) is not None:
         cosine = cosine * inverse_norms_of_queries
-    similarity.copy_(cosine.masked_fill(~(is_usable.gather(-1, evicted) & is_any), -torch.inf))
-    target.copy_(origin.gather(-1, index[:, :n_evicted]))
+    is_found = is_usable.gather(-1, evicted) & is_any
+    torch.where(is_found, cosine, similarity, out=similarity)
+    torch.where(is_found, origin.gather(-1, index), target, out=target)
+
+
+def _best_of_block(
+    block: torch.Tensor, query_keys: torch.Tensor, inverse_norms: torch.Tensor | None, buffer: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The best product of each query with a block of survivors, and the first row that has it.
+
+    Parameters
+    ----------
+    block, query_keys : torch.Tensor
+        Shapes ``(n_heads, n_rows, head_dim)`` and ``(n_heads, head_dim, n_columns)``.
+    inverse_norms : torch.Tensor or None
+        What to multiply the block's products with, float32, shape ``(n_heads, n_rows)``.
+    buffer : torch.Tensor
+        float32, for the products: allocated once, since one for each block would break up the C library's heap.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        float32 and int64, shape ``(n_heads, n_columns)``.
+    """
+    shape = (*block.shape[:2], query_keys.shape[2])
+    tile = products(block, query_keys, out=buffer[: prod(shape)].view(shape))
+    if inverse_norms is not None:
+        tile.mul_(inverse_norms[:, :, None])
+    best, row = first_max(tile, _POOL)
+    if best.shape[1] > 1:
+        best, group = first_max(best, best.shape[1])
+        row = row.gather(1, group)
+    return best[:, 0], row[:, 0]
 
 
 def _check_triton_runs(keys: torch.Tensor) -> None:
@@ -246,11 +261,6 @@ def tile_shape(n_survivors: int, n_evicted: int, device: torch.device, tile_byte
     n_rows = min(multiple(isqrt(2 * n_cosines)), multiple(n_survivors + _SIDE_MULTIPLE - 1))
     n_columns = min(multiple(n_cosines // n_rows), multiple(n_evicted + _SIDE_MULTIPLE - 1))
     return max(1, n_cosines // (n_rows * n_columns)), n_rows, n_columns
-
-
-def _n_groups(n_rows: int, device: torch.device) -> int:
-    """How many groups of rows :func:`first_max` makes of a tile of the search."""
-    return ceil(n_rows / _POOL) if device.type == "cpu" else 1
 
 
 def first_max(tile: torch.Tensor, rows_per_group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -218,8 +218,8 @@ def _search_heads(
         cosine = cosine * inverse_norms
     is_real = torch.arange(n_evicted, device=evicted.device) < counts[:, 1:]
     is_found = is_usable.gather(-1, evicted) & is_any & is_real
-    similarity.copy_(cosine.masked_fill(~is_found, -torch.inf))
-    target.copy_(origin.gather(-1, index).masked_fill_(~is_real, 0))
+    torch.where(is_found, cosine, similarity, out=similarity)
+    torch.where(is_found, origin.gather(-1, index), target, out=target)
 
 
 def _counts(eviction: Eviction) -> torch.Tensor:

@@ -65,7 +65,8 @@ class ScaledKeys:
         A zero key stays zero. A key that is not finite gets a factor of no meaning: that concerns its own products
         alone.
         """
-        norm = norm.masked_fill_(norm == 0, 1.0)
+        finfo = torch.finfo(torch.float32 if keys.dtype == torch.float64 else keys.dtype)
+        norm = norm.clamp_(min=finfo.smallest_normal * finfo.eps)
         if not multiplies_16_bits(keys.device, keys.dtype):
             return cls(keys, norm.rsqrt_().float(), None)
         if keys.dtype == torch.float16:

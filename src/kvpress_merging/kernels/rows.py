@@ -53,6 +53,12 @@ def head_blocks(eviction: Eviction, heads_per_block: int) -> Iterator[tuple[int,
             yield b, slice(h, min(h + heads_per_block, num_key_value_heads)), n_survivors, eviction.evicted.shape[-1]
 
 
+def flat_rows(positions: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """Where each head's rows stand among the rows of all: of the positions, int64, shape ``(n_heads, n)``, in a row."""
+    first_row = torch.arange(0, len(positions) * n_rows, n_rows, device=positions.device)
+    return (positions + first_row[:, None]).view(-1)
+
+
 def gather_rows(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """
     Rows by position, for each head.
@@ -71,9 +77,8 @@ def gather_rows(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         New tensor of shape ``(n_heads, n, head_dim)`` in the dtype of ``rows``.
     """
-    n_heads, k_len, head_dim = rows.shape
-    first_row = torch.arange(0, n_heads * k_len, k_len, device=rows.device)[:, None]
-    flat = rows.reshape(-1, head_dim).index_select(0, (positions + first_row).view(-1))
+    k_len, head_dim = rows.shape[1:]
+    flat = rows.reshape(-1, head_dim).index_select(0, flat_rows(positions, k_len))
     return flat.view(*positions.shape, head_dim)
 
 
@@ -90,9 +95,8 @@ def scatter_rows(rows: torch.Tensor, positions: torch.Tensor, new: torch.Tensor)
     new : torch.Tensor
         Shape ``(n_heads, n, head_dim)``, in the dtype of ``rows``.
     """
-    n_heads, k_len, head_dim = rows.shape
-    first_row = torch.arange(0, n_heads * k_len, k_len, device=rows.device)[:, None]
-    rows.view(-1, head_dim).index_copy_(0, (positions + first_row).view(-1), new.reshape(-1, head_dim))
+    k_len, head_dim = rows.shape[1:]
+    rows.view(-1, head_dim).index_copy_(0, flat_rows(positions, k_len), new.reshape(-1, head_dim))
 
 
 def row_norms(rows: torch.Tensor) -> torch.Tensor:
@@ -111,10 +115,12 @@ def row_norms(rows: torch.Tensor) -> torch.Tensor:
     """
     if rows.dtype == torch.float64:
         rows = rows.float()
-    norms = torch.empty(rows.shape[:-1], dtype=torch.float64, device=rows.device)
     # Block by block, since PyTorch makes a float64 copy of what it is given.
-    k_len, head_dim = rows.shape[2:]
     copy_bytes = _CPU_COPY_BYTES if rows.device.type == "cpu" else DEFAULT_TILE_BYTES
+    if 8 * rows.numel() <= copy_bytes:
+        return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+    norms = torch.empty(rows.shape[:-1], dtype=torch.float64, device=rows.device)
+    k_len, head_dim = rows.shape[2:]
     rows_per_block = max(1, copy_bytes // (8 * max(1, head_dim)))
     heads_per_block = max(1, rows_per_block // max(1, k_len))
     for b in range(rows.shape[0]):
@@ -183,7 +189,9 @@ def stand_ins(
     is_target = is_usable.gather(-1, survivors)
     if n_real is not None:
         is_target &= place < n_real[:, None]
-    lowest = is_target.to(torch.uint8).argmax(dim=-1, keepdim=True)
+    lowest = is_target.view(torch.uint8).argmax(dim=-1, keepdim=True)
     origin = torch.where(is_target, place, lowest)
-    origin = torch.cat([origin, lowest.expand(-1, -n_survivors % multiple_of)], dim=-1)
+    n_missing = -n_survivors % multiple_of
+    if n_missing > 0:
+        origin = torch.cat([origin, lowest.expand(-1, n_missing)], dim=-1)
     return origin, is_target.gather(-1, lowest)
