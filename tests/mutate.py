@@ -228,7 +228,7 @@ def report(outcomes: list[Outcome], sample: int, seed: int) -> str:
 def main() -> None:
     """Run all groups and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", type=int, default=150, help="mutants of each group")
+    parser.add_argument("--sample", type=int, default=100, help="mutants of each group")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--groups", nargs="+", default=[group.name for group in GROUPS])
     parser.add_argument("--read_only", action="store_true", help="run nothing: report what the last run left")

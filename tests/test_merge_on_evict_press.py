@@ -81,6 +81,28 @@ def test_layers_with_a_sliding_window_are_neither_merged_nor_reported():
     assert list(press.report.to_dict()) == full_attention
 
 
+class OneBudgetWithoutSlidingLayers(BasePress):
+    """Masks the earlier half of the layers with full attention, once the last of these has run."""
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        if module is self.modules[-1]:
+            for other in self.modules:
+                is_masked = torch.arange(keys.shape[2]).expand(keys.shape[:3]) < keys.shape[2] // 2
+                other.masked_key_indices = torch.where(is_masked)
+        return keys, values
+
+
+def test_layers_evicted_together_are_merged_though_the_last_layer_of_the_model_slides():
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    model = tiny_model("gemma3_text", layer_types=kinds)
+    inner = OneBudgetWithoutSlidingLayers()
+    inner.modules = [module for module, kind in zip(attention_modules(model), kinds) if kind == "full_attention"]
+    press = NotingPress(inner)
+    run(model, press, torch.arange(10, 74)[None])
+    assert sorted(call.module.layer_idx for call in press.calls) == [0, 2]
+    assert {name: row["evicted"] for name, row in press.report.to_dict().items()} == {0: 2 * 32, 2: 2 * 32}
+
+
 class HooksOfItsOwn(BasePress):
     """Hooks model and layers, with and without keyword arguments, and notes what each hook is given."""
 

@@ -114,8 +114,8 @@ def test_norms_copy_as_many_rows_at_once_as_they_are_told_and_no_more(n_bytes, m
     blocks = [call.args[0] for call in vector_norm.call_args_list]
     assert max(block.shape[:-1].numel() for block in blocks) == most_rows
     with mock.patch.object(torch.linalg, "vector_norm") as vector_norm:
-        row_norms(torch.empty(2, 3, 10, 4, device=META))
-    assert [call.args[0].shape for call in vector_norm.call_args_list] == [(3, 10, 4)] * 2
+        row_norms(torch.empty(2, 3, 2**20, 4, device=META))  # 32 MiB a head, of 64 that another device takes
+    assert [call.args[0].shape for call in vector_norm.call_args_list] == [(2, 2**20, 4), (1, 2**20, 4)] * 2
 
 
 @pytest.mark.parametrize("by_segment", [False, True])
