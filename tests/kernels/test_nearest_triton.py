@@ -221,7 +221,7 @@ def test_keys_that_are_too_long_are_named():
 def test_a_machine_without_triton_is_told(monkeypatch):
     monkeypatch.setattr(nearest_module, "find_spec", lambda name: None)
     layer = random_layer(1, 1, 20, 10, head_dim=64)
-    with pytest.raises(ValueError, match="kernel='triton' needs triton, which is not installed"):
+    with pytest.raises(ValueError, match=r"^kernel='triton' needs triton, which is not installed; use kernel='torch'$"):
         search(layer)
     assert_nearest(layer, *nearest_survivors(layer.keys, torch.ones(1, 1, 20, dtype=torch.bool), layer.eviction))
 
