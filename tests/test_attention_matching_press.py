@@ -28,6 +28,7 @@ from transformers import DynamicCache
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
 from kvpress_merging.kernels import match as match_module
+from kvpress_merging.queries import query_projection
 
 N_CONTEXT = 96
 AT_PREFILL = [name for name, case in CASES.items() if case.moment != "decoding"]
@@ -314,6 +315,25 @@ def test_a_new_prefill_forgets_the_queries_of_the_last(llama):
     fresh = decode_all(llama, copy.deepcopy(press), input_ids, 12)
     for layer, layer_fresh in zip(again, fresh):
         assert torch.equal(layer.values, layer_fresh.values)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_the_context_is_projected_once_and_without_a_trace(family):
+    model = tiny_model(family)
+    projections = [query_projection(module) for module in attention_modules(model)]
+    lengths = []
+    handles = [
+        p.register_forward_hook(lambda module, args, output: lengths.append(len(args[0][0]))) for p in projections
+    ]
+    press, cache = AttentionMatchingPress(KnormPress(0.5), n_queries=8), DynamicCache()
+    with torch.no_grad(), press(model):
+        model(torch.arange(40)[None], past_key_values=cache)
+        model(torch.arange(3)[None], past_key_values=cache)
+    assert lengths == [40] * len(projections) + [3] * len(projections)
+    assert len(press._projected) == 0
+    for handle in handles:
+        handle.remove()
+    assert all(not projection._forward_hooks for projection in projections)
 
 
 def test_it_fits_inside_presses_that_call_it(llama):

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 
@@ -12,6 +14,7 @@ from torch import nn
 _CROWDING = 2 / 3
 
 
+@lru_cache(maxsize=32)
 def reference_positions(q_len: int, n_queries: int, device: torch.device) -> torch.Tensor:
     """
     Positions to take reference queries from: over the whole context, denser towards its end.
@@ -28,7 +31,7 @@ def reference_positions(q_len: int, n_queries: int, device: torch.device) -> tor
     Returns
     -------
     torch.Tensor
-        int64, shape ``(min(n_queries, q_len),)``, ascending.
+        int64, shape ``(min(n_queries, q_len),)``, ascending. Shared by all who ask for the same: not to be written.
     """
     if n_queries >= q_len:
         return torch.arange(q_len, device=device)
@@ -38,45 +41,49 @@ def reference_positions(q_len: int, n_queries: int, device: torch.device) -> tor
     return (q_len * steps**power).long()
 
 
-def prerope_queries(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def query_projection(module: nn.Module) -> nn.Module:
     """
-    Queries that a layer makes of hidden states, before RoPE, one per position and KV head.
+    The part of an attention layer that makes its queries: ``q_proj`` or, as Phi3, ``qkv_proj``.
+
+    Raises
+    ------
+    TypeError
+        If the layer has neither.
+    """
+    for name in ("q_proj", "qkv_proj"):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise TypeError(f"{type(module).__name__} has neither q_proj nor qkv_proj to make reference queries with")
+
+
+def prerope_queries(module: nn.Module, projected: torch.Tensor) -> torch.Tensor:
+    """
+    Queries of a layer before RoPE, one per position and KV head.
 
     Each KV head serves a group of query heads; position after position takes the next of them in turn. So n positions
-    give n different queries for the price of n, and every query head has its say. The number of heads is read off the
-    projection, so that a layer split over several devices works with the heads it has.
+    give n different queries for the price of n, and every query head has its say. The number of heads is read off what
+    the projection made, so that a layer split over several devices works with the heads it has.
 
     Parameters
     ----------
     module : nn.Module
-        An attention layer with ``q_proj`` or, as Phi3, ``qkv_proj``; its ``q_norm``, as Qwen3 and Gemma3 have it, is
-        applied.
-    hidden_states : torch.Tensor
-        Its input at the chosen positions, shape ``(bsz, n, hidden_dim)``.
+        An attention layer; its ``q_norm``, as Qwen3 and Gemma3 have it, is applied.
+    projected : torch.Tensor
+        What its :func:`query_projection` made of its input at the chosen positions, shape ``(bsz, n, ...)``.
 
     Returns
     -------
     torch.Tensor
         float32, shape ``(bsz, num_key_value_heads, n, head_dim)``, times the layer's ``scaling``: their products with
         keys are attention logits.
-
-    Raises
-    ------
-    TypeError
-        If the layer has neither projection.
     """
     head_dim = int(module.head_dim)  # type: ignore[arg-type]
-    bsz, n, _ = hidden_states.shape
+    bsz, n, n_channels = projected.shape
     n_groups = int(module.num_key_value_groups)  # type: ignore[arg-type]
-    if hasattr(module, "q_proj"):
-        queries = module.q_proj(hidden_states)  # type: ignore[operator]
-    elif hasattr(module, "qkv_proj"):
+    if not hasattr(module, "q_proj"):
         # Queries, keys and values side by side, n_groups : 1 : 1 in heads.
-        qkv = module.qkv_proj(hidden_states)  # type: ignore[operator]
-        queries = qkv[..., : qkv.shape[-1] * n_groups // (n_groups + 2)]
-    else:
-        raise TypeError(f"{type(module).__name__} has neither q_proj nor qkv_proj to make reference queries with")
-    queries = queries.view(bsz, n, -1, n_groups, head_dim)
+        projected = projected[..., : n_channels * n_groups // (n_groups + 2)]
+    queries = projected.reshape(bsz, n, -1, n_groups, head_dim)
     turn = torch.arange(n, device=queries.device) % n_groups
     queries = queries.gather(3, turn[:, None, None, None].expand(bsz, -1, queries.shape[2], 1, head_dim)).squeeze(3)
     if hasattr(module, "q_norm"):
