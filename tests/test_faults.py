@@ -193,6 +193,33 @@ def test_masks_that_a_press_took_away_before_it_failed_on_leaving_are_put_back(l
         assert torch.equal(layer.keys, layer_full.keys)
 
 
+class MaskingOnLeavingPress(BasePress):
+    """Masks the first five positions of all layers when its context is left, in whatever way."""
+
+    @contextlib.contextmanager
+    def __call__(self, model):
+        try:
+            yield
+        finally:
+            for module in attention_modules(model):
+                module.masked_key_indices = torch.where(torch.arange(96).expand(1, 2, -1) < 5)
+
+
+def test_masks_that_a_press_sets_on_its_way_out_of_a_failure_are_taken_back(llama, input_ids):
+    cache = DynamicCache()
+    clear_masks(llama)
+    full = run(llama, None, input_ids)
+    with pytest.raises(Stop), torch.no_grad(), MergingPress(MaskingOnLeavingPress())(llama):
+        llama.model(input_ids=input_ids, past_key_values=cache)
+        raise Stop
+    for module, layer, layer_full in zip(attention_modules(llama), cache.layers, full, strict=True):
+        assert getattr(module, "masked_key_indices", None) is None
+        assert torch.equal(layer.values, layer_full.values)
+    merged = run(llama, MergingPress(MaskingOnLeavingPress()), input_ids)  # and with no failure they stay
+    assert all(layer.is_masked.sum() == 10 for layer in merged)
+    clear_masks(llama)
+
+
 class ForgivingPress(KnormPress):
     """Lets no Stop out of its context."""
 
