@@ -90,13 +90,14 @@ style: $(STAMP)  ## check the code: ruff, mypy, and the public types with mypy -
 
 docs: $(STAMP)  ## write the API reference of the docstrings to docs/
 	@$(BIN)/python -W 'ignore:Error parsing type annotation BasePress' -m pdoc -d numpy -o docs kvpress_merging \
-		kvpress_merging.registry kvpress_merging.kernels.blend kvpress_merging.kernels.match kvpress_merging.kernels.nearest
+		kvpress_merging.registry kvpress_merging.kernels.blend kvpress_merging.kernels.match \
+		kvpress_merging.kernels.nearest kvpress_merging.kernels.nearby
 	@echo "Written to docs/: open docs/kvpress_merging.html"
 
 package-check:  ## build sdist and wheel, install each in a fresh environment, and merge with it: a few minutes
 	@PYTHON="$(PYTHON)" TORCH_INDEX_URL="$(TORCH_INDEX_URL)" .ci/package-check
 
-bench: $(STAMP)  ## time our kernels against kvpress's own
+bench: $(STAMP)  ## time our kernels against kvpress's own: some minutes, and 9 GB of memory
 	@$(BIN)/python -m evaluation speed
 
 clean:  ## remove .venv, docs/ and caches; results/ stays

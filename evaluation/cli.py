@@ -4,21 +4,33 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from transformers import HfArgumentParser
 
 Config = TypeVar("Config")
 
 
-class _Parser(HfArgumentParser):
-    """Tells a mistake in one line, without the list of all flags before it."""
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, without the list of all flags before it, and what an unknown flag may have meant."""
 
     def error(self, message: str) -> NoReturn:
         fail(f"{self.prog}: {message}")
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        arguments, unknown = self.parse_known_args(*args, **kwargs)
+        if unknown:
+            flags = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown argument {unknown[0]!r}{closest(unknown[0].split('=')[0], flags)}")
+        return arguments
+
+
+class _ConfigParser(Parser, HfArgumentParser):
+    """The same, with flags from a dataclass."""
 
 
 def parse_config(config_class: type[Config], argv: Sequence[str], *, prog: str, description: str) -> Config:
@@ -39,11 +51,8 @@ def parse_config(config_class: type[Config], argv: Sequence[str], *, prog: str, 
     Config
         An instance. A mistake ends the process with one line on stderr and exit status 2.
     """
-    parser = _Parser(config_class, prog=prog, description=description, allow_abbrev=False)  # type: ignore[arg-type]
-    namespace, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        parser.error(f"unknown argument {unknown[0]!r}{closest(unknown[0].split('=')[0], flags)}")
+    parser = _ConfigParser(config_class, prog=prog, description=description, allow_abbrev=False)  # type: ignore[arg-type]
+    namespace = parser.parse_args(list(argv))
     try:
         return config_class(**vars(namespace))
     except ValueError as error:

@@ -4,19 +4,18 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from evaluation.cli import fail
+from evaluation.cli import Parser
 from evaluation.collect import read_results
 from evaluation.results import FILES
-from evaluation.runs import IDENTITY, LOWER_IS_BETTER, Run, is_twin, read_run
+from evaluation.runs import IDENTITY, LOWER_IS_BETTER, PREFIXES, Run, direction_of, is_twin, read_run
 from evaluation.statistics import holm, paired_difference
 from evaluation.tables import ALPHA, show
 
@@ -52,13 +51,6 @@ _NLL_TOLERANCE = 0.02
 
 # Two scores that differ by less are a tie: rounding.
 _TIE = 1e-9
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{self.prog}: {message}")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -126,7 +118,7 @@ def compare_twins(runs: Iterable[Run], benchmark: str) -> tuple[pd.DataFrame, li
     runs = list(runs)
     tables, notes = [], []
     for run in runs:
-        if run.kind not in ("merged", "matching"):
+        if run.kind not in PREFIXES:
             continue
         twins = [bare for bare in runs if is_twin(run, bare)]
         if not twins:
@@ -236,13 +228,12 @@ def _check_same_samples(bare: Run, merged: Run, shared: pd.Index) -> None:
 
 def _row(task: str, groups: list[pd.DataFrame], metric: str) -> dict[str, Any]:
     differences = [(group["merged"] - group["bare"]).to_numpy() for group in groups]
-    differences = [np.where(np.abs(task) < _TIE, 0.0, task) for task in differences]
-    lower = metric in LOWER_IS_BETTER
-    gains = np.concatenate(differences) * (-1 if lower else 1)
+    differences = [np.where(np.abs(of_task) < _TIE, 0.0, of_task) for of_task in differences]
+    gains = np.concatenate(differences) * (-1 if metric in LOWER_IS_BETTER else 1)
     result = paired_difference(differences)
     return {
         "metric": metric,
-        "direction": "lower is better" if lower else "higher is better",
+        "direction": direction_of(metric),
         "task": task,
         "n_samples": len(gains),
         "bare": float(np.mean([group["bare"].mean() for group in groups])),

@@ -15,10 +15,10 @@ import pandas as pd
 
 from evaluation.collect import Results
 from evaluation.compare import ALL_TASKS, compare_twins
-from evaluation.runs import LOWER_IS_BETTER, Run
+from evaluation.runs import PREFIXES, Run, direction_of
 from evaluation.tables import ALPHA
 
-KIND_ORDER = ("full", "bare", "merged", "matching")
+KIND_ORDER = ("full", "bare", *PREFIXES)
 """How tables and legends sort."""
 
 # Fidelity's other metrics are in the tables.
@@ -117,18 +117,22 @@ def score_table(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
             }
             for metric, column in run.scores.items():
                 for task, values in column.groupby(run.predictions["task"]):
-                    direction = "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
                     mean = {"n_samples": int(values.count()), "mean": float(values.mean())}
+                    direction = direction_of(str(metric))
                     rows.append({**about, "metric": metric, "direction": direction, "task": task, **mean})
     return pd.DataFrame(rows)
 
 
 def verdict_on(summary: pd.DataFrame) -> str:
-    """What a summary comes to, in a sentence."""
-    counts = {name: int((summary["verdict"] == name).sum()) for name in ("better", "worse")}
+    """What a summary comes to, in a sentence: merged and re-fitted runs apart."""
+    if not len(summary):
+        return "There is no merged run with a bare run to compare with."
+    parts = []
+    # A kind, without what is not default about it.
+    for kind, rows in summary.groupby(summary["kind"].str.split(",").str[0], sort=False):
+        better, worse = (int((rows["verdict"] == verdict).sum()) for verdict in ("better", "worse"))
+        parts.append(f"{kind} is better in {better} and worse in {worse} of {len(rows)}")
     return (
-        f"Of {len(summary)} comparisons (one for each press, ratio and metric), merged is better in {counts['better']} "
-        f"and worse in {counts['worse']} at p < {ALPHA}; in the others no difference is shown."
-        if len(summary)
-        else "There is no merged run with a bare run to compare with."
+        f"Against the bare press, {', '.join(parts)} comparisons (one for each press, ratio and metric) "
+        f"at p < {ALPHA}; in the others no difference is shown."
     )

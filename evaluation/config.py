@@ -1,21 +1,18 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""What one evaluation measures: flags, YAML, checks, and the name of the folder that holds its results."""
+"""What one evaluation measures: flags, what is saved of them, and the name of the folder that holds its results."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from evaluation.benchmarks.ruler_synthetic import check_tasks
-from evaluation.cli import closest
+from evaluation.checks import check_names, check_values
 from evaluation.evaluate_registry import DATASET_REGISTRY, NO_PRESS, PRESS_REGISTRY
 from evaluation.models import BUILT_IN_MODEL, RESERVED_KWARGS
 
@@ -38,20 +35,6 @@ RECORDED = ("press_init_command", "versions")
 
 # File systems take 255 bytes, and there must be room for an ending.
 _LONGEST_NAME = 180
-
-ONLY_FOR = {
-    "needle_depth": {"needle_in_haystack"},
-    "tasks": {"ruler", "ruler-synthetic"},
-    "n_samples": {"ruler-synthetic", "fidelity"},
-    "text_file": {"ruler-synthetic", "fidelity"},
-    "squad_file": {"ruler-synthetic"},
-    "hotpotqa_file": {"ruler-synthetic"},
-    "continuation_length": {"fidelity"},
-    "max_new_tokens": set(DATASET_REGISTRY) - {"fidelity"},
-    "max_context_length": set(DATASET_REGISTRY) - {"fidelity"},
-    "query_aware": set(DATASET_REGISTRY) - {"fidelity"},
-}
-"""Settings that only some datasets have a use for, and which."""
 
 
 @dataclass
@@ -85,8 +68,8 @@ class EvaluationConfig:
     press_name: str = field(
         default="knorm",
         metadata={
-            "help": "a press of kvpress, by the name in kvpress's evaluation, or the same with merging_ before it; "
-            f"{NO_PRESS} for the full cache"
+            "help": "a press of kvpress, by the name in kvpress's evaluation, or the same with merging_ or matching_ "
+            f"before it; {NO_PRESS} for the full cache"
         },
     )
     compression_ratio: float = field(
@@ -185,24 +168,10 @@ class EvaluationConfig:
     press_init_command: str | None = field(default=None, init=False)
 
     def __post_init__(self):
-        _check_name("dataset", self.dataset, DATASET_REGISTRY)
-        _check_name("press_name", self.press_name, PRESS_REGISTRY)
         self.log_level = str(self.log_level).upper()
-        _check_name("log_level", self.log_level, ("DEBUG", "INFO", "WARNING", "ERROR"))
-        self._check_use()
+        check_names(self)
         self._fill_in()
-        self._check_types()
-        self._check_numbers()
-        for name in ("text_file", "squad_file", "hotpotqa_file"):
-            file = getattr(self, name)
-            if file is not None and not Path(file).expanduser().is_file():
-                raise ValueError(f"--{name}: there is no file {str(file)!r}")
-        if self.dataset == "ruler-synthetic" and self.tasks is not None:
-            check_tasks(self.tasks, vars(self))
-        if self.dataset == "needle_in_haystack":
-            for name in ("needle_depth", "max_context_length"):
-                if getattr(self, name) is None:
-                    raise ValueError(f"the dataset needle_in_haystack needs --{name}")
+        check_values(self)
 
     def folder_name(self) -> str:
         """
@@ -283,12 +252,6 @@ class EvaluationConfig:
             record["needle_depth"] = self.needle_depth[0]
         return record
 
-    def _check_use(self) -> None:
-        for name, datasets in ONLY_FOR.items():
-            if getattr(self, name) != _default(name) and self.dataset not in datasets:
-                useful = ", ".join(sorted(datasets))
-                raise ValueError(f"--{name} is of no use for the dataset {self.dataset}, only for {useful}")
-
     def _fill_in(self) -> None:
         for name in ("model", "output_dir", "text_file", "squad_file", "hotpotqa_file"):
             if getattr(self, name) is not None:
@@ -319,50 +282,6 @@ class EvaluationConfig:
         for name, reason in RESERVED_KWARGS.items():
             if name in self.model_kwargs:
                 raise ValueError(f"--model_kwargs cannot set {name}: {reason}")
-
-    def _check_types(self) -> None:
-        for setting in dataclasses.fields(EvaluationConfig):
-            value = getattr(self, setting.name)
-            # A type is its text, or what HfArgumentParser has made of that. An optional setting may be None.
-            if "bool" in str(setting.type) and not isinstance(value, (bool, type(setting.default))):
-                raise ValueError(f"--{setting.name} must be true or false, got {value!r}")
-        if self.tasks is not None and not (
-            isinstance(self.tasks, list) and self.tasks and all(isinstance(task, str) for task in self.tasks)
-        ):
-            raise ValueError(f"--tasks must be names of tasks, got {self.tasks!r}")
-
-    def _check_numbers(self) -> None:
-        for name, allowed, is_allowed in _NUMBERS:
-            value = getattr(self, name)
-            if value is None:
-                continue
-            for number in value if name == "needle_depth" and isinstance(value, list) else [value]:
-                if isinstance(number, bool) or not isinstance(number, (int, float)) or not is_allowed(number):
-                    raise ValueError(f"--{name} must be {allowed}, got {number!r}")
-
-
-# Setting, what it may be, and whether a number is that.
-_NUMBERS = (
-    ("compression_ratio", "in [0, 1)", lambda x: 0 <= x < 1),
-    ("key_channel_compression_ratio", "in [0, 1)", lambda x: 0 <= x < 1),
-    ("head_compression_ratio", "in [0, 1]", lambda x: 0 <= x <= 1),
-    ("threshold", "a finite number", math.isfinite),
-    ("fraction", "in (0, 1]", lambda x: 0 < x <= 1),
-    ("max_new_tokens", "a positive integer", lambda x: isinstance(x, int) and x >= 1),
-    ("max_context_length", "a positive integer", lambda x: isinstance(x, int) and x >= 1),
-    ("needle_depth", "an integer from 0 to 100", lambda x: isinstance(x, int) and 0 <= x <= 100),
-    ("compression_interval", "a positive integer", lambda x: isinstance(x, int) and x >= 1),
-    ("target_size", "a positive integer", lambda x: isinstance(x, int) and x >= 1),
-    ("hidden_states_buffer_size", "an integer of at least 0", lambda x: isinstance(x, int) and x >= 0),
-    ("seed", "an integer from 0 to 4294967295", lambda x: isinstance(x, int) and 0 <= x < 2**32),
-    ("n_samples", "a positive integer", lambda x: isinstance(x, int) and x >= 1),
-    ("continuation_length", "an integer of at least 2", lambda x: isinstance(x, int) and x >= 2),
-)
-
-
-def _check_name(setting: str, name: Any, valid: Sequence[str] | Any) -> None:
-    if name not in valid:
-        raise ValueError(f"--{setting}: there is no {name!r}{closest(str(name), valid)}")
 
 
 def _default(name: str) -> Any:

@@ -15,11 +15,12 @@ from typing import Any
 
 import yaml
 
+from evaluation.checks import ONLY_FOR
 from evaluation.cli import closest
 from evaluation.collect import read_references
-from evaluation.config import ONLY_FOR, PRESS_FIELDS, EvaluationConfig
+from evaluation.config import PRESS_FIELDS, EvaluationConfig
 from evaluation.evaluate_registry import DATASET_REGISTRY, PRESS_REGISTRY
-from evaluation.presses import LEVELS, configure_press, usable_settings
+from evaluation.presses import EVICTION_SETTINGS, configure_press, usable_settings
 from evaluation.results import measured_settings
 
 # What a file may say beside settings.
@@ -168,7 +169,7 @@ def _useless(settings: Mapping[str, Any]) -> set[str]:
     if isinstance(dataset, str) and dataset in DATASET_REGISTRY:
         useless |= {name for name, datasets in ONLY_FOR.items() if dataset not in datasets}
     if isinstance(press_name, str) and press_name in PRESS_REGISTRY:
-        useless |= {*LEVELS, *PRESS_FIELDS} - usable_settings(PRESS_REGISTRY[press_name])
+        useless |= {*EVICTION_SETTINGS, *PRESS_FIELDS} - usable_settings(PRESS_REGISTRY[press_name])
     return useless & set(settings)
 
 

@@ -29,7 +29,7 @@ from kvpress_merging.wrapping import nested_presses
 
 logger = logging.getLogger(__name__)
 
-LEVELS = (
+EVICTION_SETTINGS = (
     "compression_ratio",
     "threshold",
     "head_compression_ratio",
@@ -43,7 +43,7 @@ LEVELS = (
 
 def usable_settings(press: BasePress | None) -> set[str]:
     """
-    Which of ``LEVELS`` and ``PRESS_FIELDS`` reach a press.
+    Which of ``EVICTION_SETTINGS`` and ``PRESS_FIELDS`` reach a press.
 
     A merging press answers ``isinstance`` as the press inside and hands on what is set, so both are treated alike.
     """
@@ -74,7 +74,7 @@ def configure_press(config: EvaluationConfig) -> BasePress | None:
     """
     press = PRESS_REGISTRY[config.press_name]
     usable = usable_settings(press)
-    for name in (*LEVELS, *PRESS_FIELDS):
+    for name in (*EVICTION_SETTINGS, *PRESS_FIELDS):
         # There is always a ratio, if only the default one.
         if name != "compression_ratio" and name not in usable and getattr(config, name) is not None:
             raise ValueError(f"--{name} is of no use for the press {config.press_name}")
@@ -83,7 +83,7 @@ def configure_press(config: EvaluationConfig) -> BasePress | None:
     elif isinstance(press, DMSPress):
         press.threshold = _needed(config, "threshold")
     elif isinstance(press, DecodingPress):
-        for name in usable & set(LEVELS):
+        for name in usable & set(EVICTION_SETTINGS):
             if getattr(config, name) is not None:
                 setattr(press, name, getattr(config, name))
     elif press is not None:

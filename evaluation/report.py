@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from evaluation.cli import fail
+from evaluation.cli import Parser, fail
 from evaluation.collect import Results, read_results
-from evaluation.compare import ALL_TASKS, Parser
+from evaluation.compare import ALL_TASKS
 from evaluation.comparisons import Benchmark, compare_all, score_table, summarize, verdict_on
 from evaluation.page import render_page
 from evaluation.plots import Plot, Styles, plot_heat_map, plot_lines, save
-from evaluation.runs import LOWER_IS_BETTER, Run
+from evaluation.runs import PREFIXES, Run, direction_of
 from evaluation.tables import ALPHA, arrow, as_markdown, as_text, show
 from kvpress_merging import __version__
 
@@ -63,44 +64,50 @@ def main(argv: Sequence[str]) -> None:
 
 def draw(benchmark: Benchmark, styles: Styles) -> list[Plot]:
     """The plots of one benchmark: scores and times against the ratio, and the differences."""
-    direction = "lower is better" if benchmark.metric in LOWER_IS_BETTER else "higher is better"
-    metric = "KL from the full cache, nats" if benchmark.metric == "kl" else benchmark.metric
-    is_fidelity = benchmark.runs[0].config["dataset"] == "fidelity"
+    runs, metric = benchmark.runs, benchmark.metric
+    name = "KL from the full cache, nats" if metric == "kl" else metric
+    name_and_arrow = f"{name} {arrow(direction_of(metric))}"
+    is_fidelity = runs[0].config["dataset"] == "fidelity"
     time = "prefill_seconds" if is_fidelity else "seconds"
+    scores = [_mean_of_tasks(run, metric) for run in runs]
+    seconds = [run.predictions[time].median() if time in run.predictions else float("nan") for run in runs]
+    references = [{**row, "press": _without_prefix(str(row["press_name"]))} for row in benchmark.references]
+    time_label = f"seconds {'of a prefill' if is_fidelity else 'per sample'}, median"
+    rows = benchmark.table[(benchmark.table["metric"] == metric) & (benchmark.table["task"] != ALL_TASKS)]
     plots = []
-    for kind, values, label in (
-        ("scores", [_mean_of_tasks(run, benchmark.metric) for run in benchmark.runs], f"{metric} {arrow(direction)}"),
-        (
-            "times",
-            [run.predictions[time].median() if time in run.predictions else float("nan") for run in benchmark.runs],
-            f"seconds {'of a prefill' if is_fidelity else 'per sample'}, median",
-        ),
-    ):
-        points = pd.DataFrame(
-            {
-                "press": [run.press for run in benchmark.runs],
-                "kind": [run.label for run in benchmark.runs],
-                "ratio": [run.ratio for run in benchmark.runs],
-                "value": values,
-            }
-        )
-        full = points[points["kind"] == "full"]["value"].dropna()
-        points = points[points["kind"] != "full"]
-        references = [
-            {**row, "press": _without_prefix(str(row["press_name"]))}
-            for row in (benchmark.references if kind == "scores" else [])
-        ]
-        if points["value"].notna().any() or len(full):
-            title = f"{'Scores' if kind == 'scores' else 'Times'} against compression ratio"
-            figure = plot_lines(
-                points, styles, label, full=float(full.iloc[0]) if len(full) else None, references=references
-            )
-            plots.append(Plot(f"{benchmark.slug}-{kind}", title, figure))
-    rows = benchmark.table[(benchmark.table["metric"] == benchmark.metric) & (benchmark.table["task"] != ALL_TASKS)]
+    if figure := _against_ratio(runs, scores, styles, name_and_arrow, references):
+        plots.append(Plot(f"{benchmark.slug}-scores", "Scores against compression ratio", figure))
+    if figure := _against_ratio(runs, seconds, styles, time_label):
+        plots.append(Plot(f"{benchmark.slug}-times", "Times against compression ratio", figure))
     if len(rows):
-        figure = plot_heat_map(rows, f"{metric} {arrow(direction)}, merged minus bare")
+        figure = plot_heat_map(rows, f"{name_and_arrow}, merged minus bare")
         plots.append(Plot(f"{benchmark.slug}-differences", "Difference that merging makes, task by ratio", figure))
     return plots
+
+
+def _against_ratio(
+    runs: Sequence[Run],
+    values: Sequence[float],
+    styles: Styles,
+    label: str,
+    references: Sequence[dict[str, Any]] = (),
+) -> Figure | None:
+    """A value of each run against its ratio; None where no run has one."""
+    points = pd.DataFrame(
+        {
+            "press": [run.press for run in runs],
+            "kind": [run.label for run in runs],
+            "ratio": [run.ratio for run in runs],
+            "value": values,
+        }
+    )
+    if points["value"].isna().all():
+        return None
+    is_full = points["kind"] == "full"
+    full = points[is_full]["value"].dropna()
+    return plot_lines(
+        points[~is_full], styles, label, full=float(full.iloc[0]) if len(full) else None, references=references
+    )
 
 
 def write_report(folder: Path, results: Results, benchmarks: Sequence[Benchmark], notes: Sequence[str]) -> None:
@@ -206,8 +213,8 @@ def _page(
         tiles=[
             ("runs", len(runs)),
             ("comparisons", len(summary)),
-            ("merged better", int(verdicts.get("better", 0))),
-            ("merged worse", int(verdicts.get("worse", 0))),
+            ("better than bare", int(verdicts.get("better", 0))),
+            ("worse than bare", int(verdicts.get("worse", 0))),
             ("failed runs", len(results.errors)),
         ],
         verdict=verdict_on(summary),
@@ -257,4 +264,6 @@ def _mean_of_tasks(run: Run, metric: str) -> float:
 
 
 def _without_prefix(name: str) -> str:
-    return name.removeprefix("merging_").removeprefix("matching_")
+    for prefix in PREFIXES.values():
+        name = name.removeprefix(prefix)
+    return name

@@ -18,6 +18,7 @@ import yaml
 import kvpress_merging
 from evaluation.config import PRESS_FIELDS
 from evaluation.evaluate_registry import NO_PRESS, PRESS_REGISTRY
+from evaluation.presses import EVICTION_SETTINGS
 
 KINDS = {"MergingPress": "merged", "AttentionMatchingPress": "matching"}
 """Our presses, and what a run with one is called."""
@@ -143,8 +144,12 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of the measurement, whatever the press and however much it evicts."""
-        own = {"compression_interval", "hidden_states_buffer_size", *LEVELS}
-        return {name: value for name, value in self.shared.items() if name not in own}
+        return {name: value for name, value in self.shared.items() if name not in EVICTION_SETTINGS}
+
+
+def direction_of(metric: str) -> str:
+    """``"lower is better"`` or ``"higher is better"``."""
+    return "lower is better" if metric in LOWER_IS_BETTER else "higher is better"
 
 
 def read_run(folder: Path) -> Run:

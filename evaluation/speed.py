@@ -37,8 +37,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from evaluation.cli import parse_config
-from evaluation.models import BUILT_IN_MODEL, load_model
+from evaluation.cli import fail, parse_config
+from evaluation.models import BUILT_IN_MODEL, ModelUnavailableError, load_model
 from evaluation.results import write_folder
 from evaluation.speed_prefill import measure_prefill
 from evaluation.speed_report import plot, show
@@ -114,6 +114,11 @@ def measure(arguments: SpeedArguments) -> dict[str, Any]:
     dict
         ``arguments``; ``machine``; ``layers``: a row for each cell and subject, see :func:`measure_cell`, or a row with
         a ``note`` where there is no GPU; ``growth``, see :func:`growth`; ``prefills``, see :func:`measure_prefill`.
+
+    Raises
+    ------
+    ModelUnavailableError
+        If there are prefills to time, and no model to time them with.
     """
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -125,17 +130,14 @@ def measure(arguments: SpeedArguments) -> dict[str, Any]:
         "load_before": os.getloadavg()[0],
         "torch": torch.__version__,
     }
+    # First, so that a model that is not there is told before minutes of layers.
+    prefills = _measure_prefills(arguments)
     rows: list[dict[str, Any]] = []
     for cell in arguments.cells():
         if cell.device == "cuda" and not torch.cuda.is_available():
             rows.append({**asdict(cell), "subject": "all", "note": NO_GPU})
         else:
             rows += measure_cell(cell, arguments)
-    prefills = []
-    if arguments.prefill:
-        model, _ = load_model(arguments.model)
-        for k_len, ratio in itertools.product(arguments.prefill, arguments.compression_ratio):
-            prefills.append({"device": str(model.device), **measure_prefill(model, k_len, ratio, arguments.repeats)})
     return {
         "arguments": asdict(arguments),
         "machine": machine,
@@ -143,6 +145,16 @@ def measure(arguments: SpeedArguments) -> dict[str, Any]:
         "growth": growth(rows),
         "prefills": prefills,
     }
+
+
+def _measure_prefills(arguments: SpeedArguments) -> list[dict[str, Any]]:
+    if not arguments.prefill:
+        return []
+    model, _ = load_model(arguments.model)
+    return [
+        {"device": str(model.device), **measure_prefill(model, k_len, ratio, arguments.repeats)}
+        for k_len, ratio in itertools.product(arguments.prefill, arguments.compression_ratio)
+    ]
 
 
 def measure_cell(cell: Cell, arguments: SpeedArguments) -> list[dict[str, Any]]:
@@ -231,7 +243,10 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(argv: Sequence[str]) -> None:
     """Time everything with command-line arguments."""
     arguments = parse_config(SpeedArguments, argv, prog="python -m evaluation speed", description=__doc__ or "")
-    figures = measure(arguments)
+    try:
+        figures = measure(arguments)
+    except ModelUnavailableError as error:
+        fail(f"python -m evaluation speed: {error}")
     console = Console()
     show(figures, console if console.is_terminal else Console(width=120))
 

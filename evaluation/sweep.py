@@ -27,8 +27,7 @@ import transformers
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from evaluation.cli import closest, fail
-from evaluation.compare import Parser
+from evaluation.cli import Parser, fail
 from evaluation.config import EvaluationConfig
 from evaluation.grid import read_grid
 from evaluation.results import find_results, remove_leftovers, write_files
@@ -173,10 +172,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "dry_run": {"action": "store_true", "help": "list the cells and whether they are done, and run nothing"},
     }.items():
         parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)  # type: ignore[arg-type]
-    arguments, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        parser.error(f"unknown argument {unknown[0]!r}{closest(unknown[0].split('=')[0], flags)}")
+    arguments = parser.parse_args(list(argv))
     for name in ("num_workers", "threads"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")

@@ -17,7 +17,6 @@ from rich.text import Text
 ALPHA = 0.05
 """Corrected p-values below are called a difference."""
 
-
 _WIDE = 170
 """Letters in a line where there is no terminal to say."""
 

@@ -3,9 +3,9 @@
 """kvpress's own evaluate.py takes our registry."""
 
 import json
+import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pandas as pd
@@ -49,8 +49,7 @@ def kvpress_source() -> Path:
             )
             if fetched.returncode:
                 pytest.skip(f"kvpress's source distribution is out of reach: {fetched.stderr[-300:]}")
-            with tarfile.open(folder.parent / "kvpress-0.5.5.tar.gz") as archive:
-                archive.extractall(folder.parent, filter="data")
+            shutil.unpack_archive(folder.parent / "kvpress-0.5.5.tar.gz", folder.parent)
     return folder
 
 

@@ -45,7 +45,7 @@ def test_settings_are_those_of_kvpress(name, inner):
 
 def test_a_dict_takes_the_registry_in_one_line():
     registry: dict = {"knorm": None}
-    registry.update(PRESS_REGISTRY)
+    registry |= PRESS_REGISTRY
     assert len(registry) == len(PRESS_REGISTRY) + 1
     assert type(registry["merging_dms_kvzap_mlp"]) is MergingPress
 

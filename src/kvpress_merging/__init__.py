@@ -7,6 +7,10 @@ Merge what a kvpress press would throw away into what it keeps.
 both wrap any press that evicts positions, and go wherever a press goes. `MergeOnEvictPress` is what both are made of,
 for a merge rule of one's own, whose `fold` is given an `Eviction`. `MergeReport` tells what was merged, and
 `kvpress_merging.registry.PRESS_REGISTRY` has the wrapped presses of kvpress's evaluation by name.
+
+The mathematics is in functions of tensors: `kvpress_merging.kernels.nearest.nearest_survivors` and
+`kvpress_merging.kernels.blend.cosine_blend` for the merge, `kvpress_merging.kernels.match.attention_match` for the
+re-fit.
 """
 
 from kvpress_merging.attention_matching_press import AttentionMatchingPress
@@ -18,11 +22,12 @@ from kvpress_merging.report import MergeReport
 
 __version__ = "0.1.0"
 
+# In the order in which one meets them: the API reference follows it.
 __all__ = [
-    "PRESS_REGISTRY",
-    "AttentionMatchingPress",
-    "Eviction",
-    "MergeOnEvictPress",
-    "MergeReport",
     "MergingPress",
+    "AttentionMatchingPress",
+    "MergeReport",
+    "PRESS_REGISTRY",
+    "MergeOnEvictPress",
+    "Eviction",
 ]

@@ -16,11 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
+from kvpress_merging.checks import check_int, check_number, rotates_keys
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.hooks import Tracks, attention_modules, remove, uncompiled
 from kvpress_merging.kernels.match import Match, attention_match
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
-from kvpress_merging.merging_press import check_int, check_number, rotates_keys
 from kvpress_merging.queries import prerope_queries, query_projection, reference_positions, rotate
 
 Rotation: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -66,9 +66,9 @@ class AttentionMatchingPress(MergeOnEvictPress):
     out of it. Which positions survive is the inner press's choice alone. See
     :func:`kvpress_merging.kernels.match.attention_match`.
 
-    After "Fast KV Compaction via Attention Matching" (https://arxiv.org/abs/2602.16284), which fits a bias per key
-    where this shifts the key, so that no attention kernel has to change, and values by regression where these are
-    means; KeepKV (https://arxiv.org/abs/2504.09936) tells why the mass matters.
+    After [Fast KV Compaction via Attention Matching](https://arxiv.org/abs/2602.16284), which fits a bias per key where
+    this shifts the key, so that no attention kernel has to change, and values by regression where these are means;
+    [KeepKV](https://arxiv.org/abs/2504.09936) tells why the mass matters.
 
     Parameters
     ----------
@@ -91,7 +91,8 @@ class AttentionMatchingPress(MergeOnEvictPress):
     >>> from kvpress_merging import AttentionMatchingPress
     >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
-    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2,
     ... )
     >>> model, cache = LlamaForCausalLM(config), DynamicCache()
     >>> press = AttentionMatchingPress(KnormPress(compression_ratio=0.5), n_queries=64)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of one layer, collected on its device."""
+"""The figures of one layer, collected on its device, and those of all layers in words."""
 
 from __future__ import annotations
 
@@ -85,3 +85,27 @@ def _quantile(ranked: torch.Tensor, q: float) -> float:
     low = int(position)
     high = min(low + 1, len(ranked) - 1)
     return float(ranked[low] + (ranked[high] - ranked[low]) * (position - low))
+
+
+def in_words(rows: list[dict[str, Any]]) -> str:
+    """What the summaries of all layers come to, in one line."""
+    kept, evicted, merged = (sum(row[name] for row in rows) for name in ("kept", "evicted", "merged"))
+    if not evicted:
+        return f"{len(rows)} layers, nothing evicted"
+    line = f"{len(rows)} layers: {evicted} positions evicted, "
+    if fits := [row for row in rows if "heads" in row]:
+        heads, heads_fitted = (sum(row[name] for row in fits) for name in ("heads", "heads_fitted"))
+        before, after = (_mean(fits, name, "heads") for name in ("error_before", "error_after"))
+        line += f"{kept} kept, {heads_fitted} of {heads} heads re-fitted; "
+        return line + f"squared error of the attention output {before:.1%} before, {after:.1%} after"
+    line += f"{merged} merged ({merged / evicted:.0%}) into {kept} kept"
+    if not merged:
+        return line
+    with_merges = [row for row in rows if row["merged"]]
+    similarity, bound = (_mean(with_merges, name, "merged") for name in ("similarity_mean", "bound_mean"))
+    most = max(row["most_merges"] for row in with_merges)
+    return f"{line}; mean similarity {similarity:.2f}, perturbation bound {bound:.0%}, at most {most} into one"
+
+
+def _mean(rows: list[dict[str, Any]], name: str, weight: str) -> float:
+    return float(sum(row[name] * row[weight] for row in rows) / sum(row[weight] for row in rows))

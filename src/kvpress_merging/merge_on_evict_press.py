@@ -13,15 +13,15 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from kvpress import BasePress, CAMPress, ComposedPress, KVComposePress, PrefillDecodingPress, ThinKPress
+from kvpress import BasePress, CAMPress
 from kvpress import MergingPress as KVPressMergingPress
 from torch import nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typing_extensions import Self
 
 from kvpress_merging.cache import OpenLayer, OpenTensors, is_followed, layer_length, layer_of
+from kvpress_merging.checks import check_folded, evicts_no_positions, not_followed, refuse_what_the_press_gets_wrong
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.hooks import Tracks, attention_modules, remove, replace_new_hooks, uncompiled
 from kvpress_merging.layer_state import LayerState, is_same, masks_of
@@ -67,7 +67,8 @@ class MergeOnEvictPress(PressWrapper):
     ...         index = eviction.evicted.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1])
     ...         return kept_keys, kept_values + self.share * values.gather(2, index).mean(dim=2, keepdim=True)
     >>> config = LlamaConfig(
-    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2,
     ... )
     >>> model, cache = LlamaForCausalLM(config), DynamicCache()
     >>> with torch.no_grad(), MeanPress(KnormPress(0.5))(model):
@@ -158,7 +159,7 @@ class MergeOnEvictPress(PressWrapper):
                     f"{type(press).__name__} already merges what it evicts: give {own} the press inside it, "
                     f"or use {type(press).__name__} alone"
                 )
-        if _evicts_no_positions(value):
+        if evicts_no_positions(value):
             raise TypeError(
                 f"{type(value).__name__} prunes key channels and evicts no positions, so there is nothing to merge: "
                 f"combine it with a press that does, ComposedPress([{own}(...), ThinKPress(...)])"
@@ -350,7 +351,7 @@ class MergeOnEvictPress(PressWrapper):
                     opened.append((module, layer))
                     layer.open()
                     if layer.lengths()[0] < min(context_length, self._states[module].k_len):
-                        raise _not_followed(self.press)
+                        raise not_followed(self.press)
                 self._merge(module, layer, masked_before[module], None, {}, limit=context_length)
         except BaseException:
             for module, layer in reversed(opened):  # what was opened first knows the layer as it was
@@ -379,7 +380,7 @@ class MergeOnEvictPress(PressWrapper):
         bsz, q_len = kwargs["hidden_states"].shape[:2]
         is_prefill = k_len == q_len  # as kvpress's, without reading from the device
         if is_prefill:
-            _refuse_what_the_press_gets_wrong(self.press, cache, bsz)
+            refuse_what_the_press_gets_wrong(self.press, cache, bsz)
             self._start(module, k_len, bsz, kwargs)
             if module.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:  # type: ignore[union-attr]
                 self._states[module].stale_masks = getattr(module, "masked_key_indices", None)
@@ -430,7 +431,7 @@ class MergeOnEvictPress(PressWrapper):
 
         left = layer.left()
         if n_slots < k_len and left.positions is None:
-            raise _not_followed(self.press)
+            raise not_followed(self.press)
         eviction = state.find_eviction(left, k_len, masked_before, masked_after, limit)
         self.report.record(int(module.layer_idx), eviction)  # type: ignore[arg-type]
         if eviction.n_evicted == 0:
@@ -439,46 +440,12 @@ class MergeOnEvictPress(PressWrapper):
         new_keys, new_values = self.fold(
             module, hidden_states, *layer.before(), left.keys, left.values, eviction, kwargs
         )
-        _check_folded(self, new_keys, left.keys)
-        _check_folded(self, new_values, left.values)
+        check_folded(self, new_keys, left.keys)
+        check_folded(self, new_values, left.values)
         layer.commit(
             None if new_keys is left.keys else new_keys,
             None if new_values is left.values else new_values,
         )
-
-
-def _evicts_no_positions(press: BasePress) -> bool:
-    if isinstance(press, ComposedPress):
-        return all(_evicts_no_positions(child) for child in press.presses)
-    if isinstance(press, PrefillDecodingPress) and press.decoding_press is None and press.prefilling_press is not None:
-        return _evicts_no_positions(press.prefilling_press)
-    return isinstance(press, ThinKPress)
-
-
-def _refuse_what_the_press_gets_wrong(press: BasePress, cache: Cache, bsz: int) -> None:
-    if not isinstance(press, KVComposePress):
-        return
-    if any(isinstance(layer, QuantizedLayer) for layer in cache.layers):
-        raise ValueError("KVComposePress cannot compress a QuantizedCache: use a DynamicCache")
-    if bsz > 1:
-        raise ValueError(f"KVComposePress scores one sequence at a time, got a batch of {bsz}: prefill them one by one")
-
-
-def _not_followed(press: BasePress) -> ValueError:
-    return ValueError(
-        f"{type(press).__name__} shortened the cache in a way that does not show which positions it kept, so what it "
-        "evicted cannot be merged: let it pick survivors by indexing, slicing, gathering or concatenating the keys and "
-        "values that it is given, or use it without merging. The cache was left as it was."
-    )
-
-
-def _check_folded(press: MergeOnEvictPress, new: torch.Tensor, kept: torch.Tensor) -> None:
-    for name in ("shape", "dtype", "device"):
-        if getattr(new, name) != getattr(kept, name):
-            raise ValueError(
-                f"{type(press).__name__}.fold must return tensors of the survivors' {name}, {getattr(kept, name)}, "
-                f"got {getattr(new, name)}"
-            )
 
 
 def _own_compression_ratios(press: BasePress) -> list[tuple[BasePress, Any]]:

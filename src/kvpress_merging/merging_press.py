@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
 import torch
-from kvpress import BasePress, FinchPress, KeyRerotationPress
 from torch import nn
 
+from kvpress_merging.checks import check_int, check_number, rotated_keys_error, rotates_keys
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
 from kvpress_merging.kernels.nearest import KERNELS
@@ -25,14 +24,13 @@ class MergingPress(MergeOnEvictPress):
     Merge on evict: before a press throws a position away, blend its value into the survivor whose key is most similar.
 
     For each evicted position ``i`` and its most cosine-similar survivor ``j`` in the same head, with
-    ``w_i = max(cos(k_i, k_j), 0)``, times ``|v_i| / (|v_i| + |v_j|)`` by default::
-
-        v'_j = (v_j + sum_i w_i v_i) / (1 + sum_i w_i)
+    ``w_i = max(cos(k_i, k_j), 0)``, times ``|v_i| / (|v_i| + |v_j|)`` by default, ``j`` then holds
+    ``v'_j = (v_j + sum_i w_i v_i) / (1 + sum_i w_i)``.
 
     Keys stay as they are, so that RoPE stays right. Which positions survive is the inner press's choice alone.
 
-    The idea of merging instead of evicting is that of Token Merging (https://arxiv.org/abs/2210.09461), for KV caches
-    that of CaM (https://openreview.net/forum?id=LCTmppB165) and D2O (https://arxiv.org/abs/2406.13035).
+    The idea of merging instead of evicting is that of [Token Merging](https://arxiv.org/abs/2210.09461), for KV caches
+    that of [CaM](https://openreview.net/forum?id=LCTmppB165) and [D2O](https://arxiv.org/abs/2406.13035).
 
     Parameters
     ----------
@@ -72,7 +70,8 @@ class MergingPress(MergeOnEvictPress):
     >>> from kvpress_merging import MergingPress
     >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
-    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2,
     ... )
     >>> model, cache = LlamaForCausalLM(config), DynamicCache()
     >>> press = MergingPress(KnormPress(compression_ratio=0.5), similarity_threshold=0.3)
@@ -95,7 +94,7 @@ class MergingPress(MergeOnEvictPress):
 
     def __post_init__(self) -> None:
         if self.merge_keys and rotates_keys(self.press):
-            raise ValueError(_rotated_keys_message(self.press))
+            raise rotated_keys_error(self.press)
 
     def _check_field(self, name: str, value: Any) -> None:
         super()._check_field(name, value)
@@ -128,7 +127,7 @@ class MergingPress(MergeOnEvictPress):
         """Blend; see the class. Similarities are those of ``keys``, also where the press rotated the survivors'
         anew."""
         if self.merge_keys and eviction.keys_rewritten:
-            raise ValueError(_rotated_keys_message(self.press))
+            raise rotated_keys_error(self.press)
         blend = cosine_blend(
             keys,
             values,
@@ -152,28 +151,3 @@ class MergingPress(MergeOnEvictPress):
             keep_pairs=self.record_pairs,
         )
         return blend.keys, blend.values
-
-
-def check_int(name: str, value: Any, least: int) -> None:
-    """Raise a TypeError unless ``value`` is a whole number, and a ValueError if it is below ``least``."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raise a TypeError unless ``value`` is a real number."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def rotates_keys(press: BasePress) -> bool:
-    return isinstance(press, KeyRerotationPress) or (isinstance(press, FinchPress) and press.rerotate_keys)
-
-
-def _rotated_keys_message(press: BasePress) -> str:
-    return (
-        f"merge_keys=True cannot be used with {type(press).__name__}, which writes new keys for the survivors: "
-        "blending in the old ones would undo that; use merge_keys=False"
-    )

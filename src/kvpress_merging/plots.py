@@ -101,7 +101,7 @@ def _draw_arcs(axes: Axes, merged: pd.DataFrame, start: int, stop: int) -> None:
     # The most similar last, on top.
     drawn = merged[is_within].sort_values("similarity", kind="stable")
     ends = drawn[["evicted", "survivor"]].to_numpy(dtype=float)
-    angle = np.linspace(0, np.pi, 40)
+    angle = np.linspace(0, np.pi, 100)
     middle, reach = ends.mean(axis=1, keepdims=True), (ends[:, :1] - ends[:, 1:]) / 2
     # By the square root, so that one merge from afar does not flatten all others.
     x, y = middle + reach * np.cos(angle), np.sqrt(np.abs(2 * reach)) * np.sin(angle)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.layer_report import LayerReport
+from kvpress_merging.layer_report import LayerReport, in_words
 from kvpress_merging.pairs import COLUMNS, Pairs
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class MergeReport:
     >>> from kvpress_merging import MergingPress
     >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
-    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2,
     ... )
     >>> model, cache = LlamaForCausalLM(config), DynamicCache()
     >>> press = MergingPress(KnormPress(0.5), record_pairs=True)
@@ -173,7 +174,7 @@ class MergeReport:
         Parameters
         ----------
         layer_idx : int
-            The layer. Its press must have had ``record_pairs=True``, see :class:`~kvpress_merging.MergingPress`.
+            The layer. Its press must have had ``record_pairs=True``, see :class:`kvpress_merging.MergingPress`.
 
         Returns
         -------
@@ -242,7 +243,8 @@ class MergeReport:
         layer_idx, head, batch : int
             Layer, KV head and batch row.
         start, stop : int
-            The positions to draw, by default up to 80 from ``start`` on. Arcs that leave them are cut off.
+            The first position to draw and the one after the last: by default the first 80, or the 80 that follow a
+            given start. Arcs that leave them are cut off.
 
         Returns
         -------
@@ -283,35 +285,6 @@ class MergeReport:
         return plot_layers(self.to_frame())
 
     def __str__(self) -> str:
-        rows = list(self.to_dict().values())
-        total = {name: sum(int(row[name] or 0) for row in rows) for name in ("kept", "evicted", "merged")}
-        if not total["evicted"]:
-            return f"{len(rows)} layers, nothing evicted"
-        if any("heads" in row for row in rows):
-            return self._fits_in_words(rows, total)
-        line = f"{len(rows)} layers: {total['evicted']} positions evicted, {total['merged']} merged"
-        line += f" ({total['merged'] / total['evicted']:.0%}) into {total['kept']} kept"
-        if total["merged"]:
-            means = {name: _weighted_mean(rows, name) for name in ("similarity_mean", "bound_mean")}
-            most = max(int(row["most_merges"] or 0) for row in rows)
-            line += f"; mean similarity {means['similarity_mean']:.2f}, perturbation bound {means['bound_mean']:.0%}"
-            line += f", at most {most} into one"
-        return line
-
-    @staticmethod
-    def _fits_in_words(rows: list[dict[str, Any]], total: dict[str, int]) -> str:
-        fits = [row for row in rows if "heads" in row]
-        heads, fitted = (sum(row[name] for row in fits) for name in ("heads", "heads_fitted"))
-        before, after = (
-            sum(row[name] * row["heads"] for row in fits) / heads for name in ("error_before", "error_after")
-        )
-        line = (
-            f"{len(rows)} layers: {total['evicted']} positions evicted, {total['kept']} kept, {fitted} of {heads} heads"
-        )
-        return f"{line} re-fitted; squared error of the attention output {before:.1%} before, {after:.1%} after"
+        return in_words(list(self.to_dict().values()))
 
     __repr__ = __str__
-
-
-def _weighted_mean(rows: list[dict[str, Any]], name: str) -> float:
-    return sum(row[name] * row["merged"] for row in rows if row["merged"]) / sum(row["merged"] for row in rows)

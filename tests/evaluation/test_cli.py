@@ -67,6 +67,15 @@ def test_an_unknown_command_is_one_line_with_the_closest_and_exit_status_2(capsy
     assert capsys.readouterr().err == "python -m evaluation: unknown command 'dmeo'; did you mean demo?\n"
 
 
+@pytest.mark.parametrize("argv", [["report", "results"], ["sweep", "sweep.yaml"], ["demo"], ["run"], ["speed"]])
+def test_every_command_says_what_an_unknown_flag_may_have_meant(argv, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([*argv, "--output_dri=x"])
+    assert exit_info.value.code == 2
+    unknown = f"python -m evaluation {argv[0]}: unknown argument '--output_dri=x'; did you mean --output_dir"
+    assert capsys.readouterr().err.startswith(unknown)
+
+
 def test_every_command_has_help(capsys):
     for command in COMMANDS:
         with pytest.raises(SystemExit) as exit_info:

@@ -8,7 +8,8 @@ from matplotlib.image import imread
 from tiny import tiny_checkpoint, tiny_tokenizer
 
 from evaluation import demo
-from evaluation.demo import Comparison, DemoConfig, hide_needle, verdict
+from evaluation.demo import Comparison, DemoConfig, hide_needle
+from evaluation.demo_report import verdict
 from evaluation.fidelity import Fidelity
 
 FIDELITY = Fidelity(0.5, (0.5,), 2.0, 1.5, 1.0, 10, 10, 20, 0.1, 0.1)

@@ -20,13 +20,8 @@ from tiny import FAMILIES, VOCAB_SIZE, tiny_model
 from transformers import DynamicCache
 
 from evaluation.benchmarks import fidelity as benchmark
-from evaluation.fidelity import (
-    compare_logits,
-    count_cache_bytes,
-    measure_fidelity,
-    measure_reference,
-    read_continuation,
-)
+from evaluation.compressed_cache import count_cache_bytes, read_continuation
+from evaluation.fidelity import compare_logits, measure_fidelity, measure_reference
 from evaluation.text import Window
 
 CONTEXT_LENGTH, CONTINUATION_LENGTH = 96, 17

@@ -1,8 +1,10 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
+"""A report on a folder of runs: what is read and written, and what the page shows."""
+
 import importlib.util
+import io
 import json
-import math
 import re
 import subprocess
 import sys
@@ -14,67 +16,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from kvpress import AdaKVPress, ExpectedAttentionPress, KnormPress, SnapKVPress
-from kvpress import MergingPress as KVPressMergingPress
+from kvpress import KnormPress, SnapKVPress
+from run_folders import write_run
 from tiny import tiny_model, tiny_tokenizer
 
 from evaluation.__main__ import main
-from evaluation.collect import read_results
-from evaluation.compare import ALL_TASKS, compare_folders, compare_runs, compare_twins
-from evaluation.comparisons import compare_all
+from evaluation.comparisons import verdict_on
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import run
+from evaluation.plots import plot_heat_map
 from evaluation.report import MARKER
-from evaluation.runs import is_twin, read_run
-from evaluation.statistics import paired_difference
 from evaluation.tables import as_markdown
 from kvpress_merging import MergingPress
 
 HOSTILE = "</script><img src=x onerror=\"window.hacked=1\">|$x_y$ & 'q'"
-VERSIONS = {"python": "3.11", "torch": "2.13.0", "kvpress": "0.5.5", "kvpress-merging": "0.1.0"}
-
-
-def write_run(root, press_name, press, scores, *, seconds=0.5, identity="a", versions=VERSIONS, **settings):
-    """A run's folder; ``scores`` is a mapping of tasks to lists, or the KLs of windows."""
-    is_fidelity = not isinstance(scores, dict)
-    config = EvaluationConfig(
-        dataset="fidelity" if is_fidelity else "ruler-synthetic", press_name=press_name, output_dir=root, **settings
-    )
-    rows = []
-    for task, values in {"fidelity": scores}.items() if is_fidelity else scores.items():
-        for score in values:
-            row = {"sample": len(rows), "task": task, "compression_ratio": config.compression_ratio}
-            if is_fidelity:
-                row |= {"start": 100 * len(rows), "kl": score, "nll": 2 + score, "nll_full": 2.0}
-                row |= {"top1_agreement": 1 - score, "attention_error": score / 2, "prefill_seconds": seconds}
-            else:
-                row |= {"question": "?", "answer": json.dumps([identity]), "predicted_answer": "1"}
-                row |= {"seconds": seconds, "string_match": score}
-            rows.append(row)
-    predictions = pd.DataFrame(rows)
-    names = ["kl", "nll", "nll_full", "top1_agreement", "attention_error"] if is_fidelity else ["string_match"]
-    metrics = {task: group[names].mean().to_dict() for task, group in predictions.groupby("task")}
-    folder = root / config.folder_name()
-    number = 0
-    while folder.exists():
-        number += 1
-        folder = root / config.folder_name() / str(number)
-    folder.mkdir(parents=True)
-    config.press_init_command = str(press)
-    config.save(folder / "config.yaml", versions)
-    predictions.to_csv(folder / "predictions.csv", index=False)
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    return folder
-
-
-@pytest.fixture
-def pair(tmp_path):
-    """Knorm at 0.5 on two tasks, bare and merged."""
-    bare = write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0, 0, 100, 50], "vt": [100, 0]})
-    merged = write_run(
-        tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), {"qa": [100, 0, 100, 25], "vt": [100, 100]}
-    )
-    return bare, merged
 
 
 @pytest.fixture(scope="module")
@@ -112,205 +67,6 @@ def results(tmp_path_factory) -> Path:
 def report(results) -> Path:
     main(["report", str(results), "--output_dir", str(results.parent / "first report")])
     return results.parent / "first report"
-
-
-# What belongs together.
-
-
-def test_a_merged_run_is_compared_with_the_press_inside(pair):
-    bare, merged = map(read_run, pair)
-    assert (bare.kind, merged.kind) == ("bare", "merged")
-    assert is_twin(merged, bare)
-    assert not is_twin(bare, merged)
-    assert not is_twin(bare, bare)
-
-
-def test_a_comparison_has_paper_and_pencil_numbers(pair):
-    table = compare_runs(*map(read_run, pair), benchmark="b").set_index("task")
-    qa = table.loc["qa"]
-    assert (qa["bare"], qa["merged"], qa["difference"]) == (37.5, 56.25, 18.75)
-    assert (qa["n_samples"], qa["wins"], qa["ties"], qa["losses"]) == (4, 1, 2, 1)
-    assert table.loc[ALL_TASKS, "difference"] == (18.75 + 50) / 2
-    assert table.loc[ALL_TASKS, "n_samples"] == 6
-    expected = paired_difference([[100, 0, 0, -25], [0, 100]])
-    assert tuple(table.loc[ALL_TASKS, ["low", "high", "p"]]) == (expected.low, expected.high, expected.p_value)
-
-
-def test_holm_is_over_the_tasks_of_a_comparison(tmp_path):
-    tasks = {"a": [0.0] * 6, "b": [0.0] * 6, "c": [0.0] * 6}
-    bare = write_run(tmp_path, "knorm", KnormPress(0.5), tasks)
-    better = {"a": [100.0] * 6, "b": [100.0] * 5 + [0.0], "c": [0.0] * 6}
-    merged = write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), better)
-    table = compare_runs(read_run(bare), read_run(merged), "b").set_index("task")
-    assert table["p"].to_dict() == {"a": 2 / 64, "b": 2 / 32, "c": 1, ALL_TASKS: 2 / 2048}
-    assert table["p_holm"].to_dict() == {"a": 6 / 64, "b": 4 / 32, "c": 1, ALL_TASKS: 2 / 2048}
-    assert table.loc[ALL_TASKS, "verdict"] == "better"
-    assert table.loc["a", "verdict"] == "no difference shown"
-
-
-def test_of_kl_less_is_better_and_of_agreement_more(tmp_path):
-    bare = write_run(tmp_path, "knorm", KnormPress(0.5), [0.2] * 8)
-    merged = write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), [0.1] * 8)
-    table = compare_runs(read_run(bare), read_run(merged), "b").set_index("metric")
-    assert sorted(table.index) == ["attention_error", "kl", "nll_increase", "top1_agreement"]
-    assert (table["verdict"] == "better").all()
-    assert (table["wins"] == 8).all()
-    assert table["difference"].to_dict() == pytest.approx(
-        {"kl": -0.1, "nll_increase": -0.1, "attention_error": -0.05, "top1_agreement": 0.1}
-    )
-    assert table.loc["kl", "direction"] == "lower is better"
-    assert table.loc["top1_agreement", "direction"] == "higher is better"
-
-
-@pytest.mark.parametrize(
-    "different", [{"seed": 1}, {"data_dir": "2048"}, {"model": "other"}, {"query_aware": True}, {"n_samples": 3}]
-)
-def test_runs_that_differ_in_a_setting_are_no_twins(tmp_path, different):
-    bare = write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [1.0]})
-    merged = write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), {"qa": [1.0]}, **different)
-    assert not is_twin(read_run(merged), read_run(bare))
-    benchmarks, notes = compare_all(read_results(tmp_path))
-    assert sum(len(benchmark.table) for benchmark in benchmarks) == 0
-    assert len({benchmark.label for benchmark in benchmarks}) == 2
-    assert any("has no run of the bare press" in note for note in notes)
-
-
-def test_runs_at_different_ratios_are_no_twins(tmp_path):
-    write_run(tmp_path, "knorm", KnormPress(0.25), {"qa": [1.0]}, compression_ratio=0.25)
-    write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), {"qa": [1.0]})
-    assert compare_twins(read_results(tmp_path).runs, "b")[0].empty
-
-
-def test_other_merge_settings_are_other_comparisons_named_by_what_is_not_default(tmp_path):
-    write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0.0, 1.0]})
-    for threshold in (None, 0.5, 0.0):
-        press = MergingPress(KnormPress(0.5), similarity_threshold=threshold or 0.0)
-        write_run(tmp_path, "merging_knorm", press, {"qa": [1.0, 1.0]}, similarity_threshold=threshold)
-    table, _ = compare_twins(read_results(tmp_path).runs, "b")
-    assert sorted(table["kind"]) == ["merged", "merged, similarity_threshold=0.5"]
-
-
-def test_a_press_that_python_cannot_parse_is_found_by_its_name(tmp_path):
-    write_run(tmp_path, "knorm", "KnormPress(hook=<function f at 0x7f>)", {"qa": [0.0]})
-    write_run(tmp_path, "snapkv", "SnapKVPress(hook=<function f at 0x7f>)", {"qa": [0.0]})
-    merged = write_run(tmp_path, "merging_knorm", "MergingPress(press=KnormPress(hook=<f>), x=1)", {"qa": [1.0]})
-    runs = read_results(tmp_path).runs
-    assert [bare.press_name for bare in runs if is_twin(read_run(merged), bare)] == ["knorm"]
-
-
-def test_kvpresss_own_merging_press_is_not_taken_for_ours(tmp_path):
-    write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0.0]})
-    write_run(tmp_path, "merging_knorm", KVPressMergingPress(KnormPress(0.5)), {"qa": [1.0]})
-    assert compare_twins(read_results(tmp_path).runs, "b")[0].empty
-
-
-def test_a_matching_press_is_compared_too_and_called_so(tmp_path):
-    write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0.0]})
-    folder = write_run(tmp_path, "merging_knorm", "AttentionMatchingPress(press=KnormPress(compression_ratio=0.5))",
-                       {"qa": [1.0]})  # fmt: skip
-    assert read_run(folder).kind == "matching"
-    assert compare_twins(read_results(tmp_path).runs, "b")[0]["kind"].tolist() == ["matching"]
-
-
-def test_presses_go_by_the_name_of_their_bare_run_and_no_two_by_one_name(tmp_path):
-    inner = AdaKVPress(ExpectedAttentionPress(0.5, epsilon=1e-2))
-    write_run(tmp_path, "expected_attention", inner, {"qa": [0.0]})
-    write_run(tmp_path, "merging_adakv_expected_attention", MergingPress(inner), {"qa": [0.0]})
-    write_run(tmp_path, "merging_expected_attention", MergingPress(ExpectedAttentionPress(0.5)), {"qa": [0.0]})
-    names = {run.press_name: run.press for run in read_results(tmp_path).runs}
-    assert names["merging_adakv_expected_attention"] == names["expected_attention"] == "expected_attention"
-    assert names["merging_expected_attention"] == "expected_attention (ExpectedAttentionPress)"
-
-
-def test_of_repeats_the_newest_is_taken_and_told(tmp_path):
-    for score in range(12):
-        write_run(tmp_path / "deep" / "down", "knorm", KnormPress(0.5), {"qa": [float(score)]})
-    results = read_results(tmp_path)
-    (run,) = results.runs
-    assert run.scores["string_match"].tolist() == [11]
-    assert "was run 12 times" in results.notes[0]
-
-
-def test_only_shared_samples_are_compared_and_told(pair):
-    file = pair[1] / "predictions.csv"
-    file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
-    table, notes = compare_folders(*pair)
-    assert table.set_index("task").loc["vt", "n_samples"] == 1
-    assert any("5 samples are in both runs, of 6 and 5" in note for note in notes)
-
-
-def test_samples_without_a_score_are_left_out_and_told(pair):
-    predictions = pd.read_csv(pair[1] / "predictions.csv").astype({"string_match": float})
-    predictions.loc[0, "string_match"] = math.inf
-    predictions.to_csv(pair[1] / "predictions.csv", index=False)
-    table, notes = compare_folders(*pair)
-    assert table.set_index("task").loc["qa", "n_samples"] == 3
-    assert any("1 samples without a finite string_match" in note for note in notes)
-
-
-def test_different_samples_are_an_error(tmp_path, capsys):
-    write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0.0, 1.0]})
-    write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), {"qa": [0.0, 1.0]}, identity="b")
-    with pytest.raises(SystemExit) as exit_info:
-        main(["report", str(tmp_path)])
-    assert exit_info.value.code == 2
-    err = capsys.readouterr().err
-    assert "sample 0 is not the same" in err
-    assert "answer differs" in err
-    assert err.count("\n") == 1
-    assert not (tmp_path / "report").exists()
-
-
-def test_different_windows_are_an_error(tmp_path):
-    bare = write_run(tmp_path, "knorm", KnormPress(0.5), [0.2] * 3)
-    merged = write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), [0.1] * 3)
-    predictions = pd.read_csv(merged / "predictions.csv").assign(nll_full=[2.0, 2.0, 3.0])
-    predictions.to_csv(merged / "predictions.csv", index=False)
-    with pytest.raises(ValueError, match=r"sample 2 is not the same .* full cache differs"):
-        compare_runs(read_run(bare), read_run(merged), "b")
-
-
-def test_each_task_may_have_a_metric_of_its_own(pair):
-    for folder in pair:
-        predictions = pd.read_csv(folder / "predictions.csv")
-        is_qa = predictions["task"] == "qa"
-        score = predictions.pop("string_match")
-        predictions.assign(f1=score.where(is_qa), rouge_l=score.where(~is_qa)).to_csv(
-            folder / "predictions.csv", index=False
-        )
-        (folder / "metrics.json").write_text(json.dumps({"qa": {"f1": 1.0}, "vt": {"rouge_l": 1.0}}))
-    table = compare_runs(*map(read_run, pair), benchmark="b")
-    assert table["metric"].tolist() == ["score"] * 3
-    assert table["task"].tolist() == ["qa", "vt", ALL_TASKS]
-
-
-# The commands.
-
-
-def test_two_runs_are_compared_on_the_command_line(pair, capsys):
-    main(["compare", *map(str, pair)])
-    out = capsys.readouterr().out
-    assert re.search(r"all tasks +6 +43\.8 +78\.1 +\+34\.4 ", out)
-    assert "1/2/1" in out
-
-
-def test_in_a_narrow_terminal_names_differences_and_verdicts_stay(pair, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    main(["compare", *map(str, pair)])
-    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    assert max(map(len, out.splitlines())) <= 80
-    for text in ("knorm", "all tasks", "+34.4", "1/2/1"):
-        assert text in " ".join(out.split()) or all(part in out for part in text.split())
-    assert "…" not in out
-
-
-def test_two_folders_are_compared_run_by_run(tmp_path, capsys):
-    for root, score in (("old", 0.0), ("new", 1.0)):
-        write_run(tmp_path / root, "knorm", KnormPress(0.5), {"qa": [score] * 3})
-        write_run(tmp_path / root, "merging_knorm", MergingPress(KnormPress(0.5)), {"qa": [2 * score] * 3})
-    table, _ = compare_folders(tmp_path / "old", tmp_path / "new")
-    assert sorted(table["difference"]) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -399,6 +155,26 @@ def test_what_runs_write_is_what_a_report_reads(tmp_path, capsys):
     bare, merged = (json.loads((folder / "metrics.json").read_text())["fidelity"]["kl"] for folder in folders.values())
     assert (kl["bare"], kl["merged"], kl["difference"]) == pytest.approx((bare, merged, merged - bare))
     assert "Note" not in capsys.readouterr().out
+
+
+def test_the_verdict_tells_merged_and_re_fitted_runs_apart():
+    rows = [("merged", "better"), ("merged, merge_fraction=0.5", "no difference shown"), ("matching", "worse")]
+    sentence = verdict_on(pd.DataFrame(rows, columns=["kind", "verdict"]))
+    assert "merged is better in 1 and worse in 0 of 2, matching is better in 0 and worse in 1 of 1 comp" in sentence
+
+
+def test_what_a_heat_map_says_of_its_colours_is_not_cut_off():
+    rows = [
+        {"press": press, "kind": "merged", "level": str(ratio), "compression_ratio": ratio, "task": "fidelity"}
+        for press in ("expected_attention_head", "knorm")
+        for ratio in (0.25, 0.5, 0.75)
+    ]
+    table = pd.DataFrame(rows).assign(difference=0.1, p_holm=1.0, direction="lower is better")
+    figure = plot_heat_map(table, "KL from the full cache, nats ↓, merged minus bare")
+    figure.savefig(io.BytesIO())
+    label = next(axes.xaxis.label for axes in figure.axes if "blue is better" in axes.get_xlabel())
+    extent = label.get_window_extent()
+    assert figure.bbox.x0 <= extent.x0 < extent.x1 <= figure.bbox.x1
 
 
 def test_a_report_has_tables_plots_and_a_page(report):

@@ -198,6 +198,16 @@ def test_whole_prefills_are_printed_and_written(tmp_path, monkeypatch, capsys):
     assert "matched" in printed
 
 
+def test_a_model_that_is_not_there_is_one_line_before_any_layer_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "measure_cell", lambda *_: pytest.fail("a layer was timed"))
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--devices", "cpu", "--k_len", "64", "--prefill", "64", "--model", "./nowhere"])
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == (
+        "python -m evaluation speed: There is no folder './nowhere' to load a model from.\n"
+    )
+
+
 def test_prefills_are_timed_with_the_presses_at_work(monkeypatch):
     calls = Counter()
 

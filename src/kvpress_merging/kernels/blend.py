@@ -3,7 +3,7 @@
 """
 Fold each evicted position into the survivor most like it: gates, weights and the weighted mean.
 
-The idea comes from Token Merging (ToMe, https://arxiv.org/abs/2210.09461) and D2O (https://arxiv.org/abs/2406.13035).
+The idea comes from [Token Merging](https://arxiv.org/abs/2210.09461) and [D2O](https://arxiv.org/abs/2406.13035).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 """
 Re-fit the survivors of a layer so that attention over them gives what attention over the full cache gave.
 
-After "Fast KV Compaction via Attention Matching" (https://arxiv.org/abs/2602.16284), and KeepKV
-(https://arxiv.org/abs/2504.09936) for why the attention mass of what is evicted matters.
+After [Fast KV Compaction via Attention Matching](https://arxiv.org/abs/2602.16284), and
+[KeepKV](https://arxiv.org/abs/2504.09936) for why the attention mass of what is evicted matters.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def attention_match(
     ``O_r = sum_j p_rj v_j``:
 
     1. *mass*. Each evicted position is counted to the survivor whose logits are most like its own, of some that are
-       near it in the context (:func:`~kvpress_merging.kernels.nearby.nearest_nearby` in the norm of ``Q^T Q + a I``).
+       near it in the context (:func:`kvpress_merging.kernels.nearby.nearest_nearby` in the norm of ``Q^T Q + a I``).
        The logit of survivor j should then grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the i
        counted to j. The shift of its key that does so best is a ridge regression, ``D = (Q^T Q + a I)^-1 Q^T d_j``,
        one factorization for all survivors.
@@ -130,14 +130,18 @@ def attention_match(
             continue
         survivors, evicted = eviction.survivors[b, heads, :n_survivors], eviction.evicted[b, heads, :n_evicted]
         slots = eviction.slots[b, heads, :n_survivors]
-        before = gather_rows(keys[b, heads], torch.cat([survivors, evicted], dim=-1))
-        old_keys = gather_rows(kept_keys[b, heads], slots) if eviction.keys_rewritten else before[:, :n_survivors]
+        both_keys = gather_rows(keys[b, heads], torch.cat([survivors, evicted], dim=-1))
+        before = both_keys.float()
+        old_keys, survivor_keys = both_keys[:, :n_survivors], before[:, :n_survivors]
+        if eviction.keys_rewritten:
+            old_keys = gather_rows(kept_keys[b, heads], slots)
+            survivor_keys = old_keys.float()
         old_values = gather_rows(kept_values[b, heads], slots)
         with _without_autocast(keys.device):
             fitted_keys, fitted_values, *rest = _fit(
-                before.float(),
+                before,
                 gather_rows(values[b, heads], evicted).float(),
-                old_keys.float(),
+                survivor_keys,
                 old_values.float(),
                 queries[b, heads],
                 kept_queries[b, heads],
@@ -182,7 +186,7 @@ def _fit(
         Of the layer before the eviction, first the survivors', then those evicted, float32, shape
         ``(n_heads, n_survivors + n_evicted, head_dim)``.
     evicted_values : torch.Tensor
-        float32, shape ``(n_heads, n_evicted, head_dim)``.
+        float32, shape ``(n_heads, n_evicted, head_dim)``. Spoiled.
     kept_keys, kept_values : torch.Tensor
         The survivors as the press left them, float32, shape ``(n_heads, n_survivors, head_dim)``.
     queries, kept_queries : torch.Tensor
@@ -202,15 +206,17 @@ def _fit(
     # Positions run along rows, queries along columns, so that rows can be gathered and added. In place where it can be:
     # on a CPU most of the time goes into passes over these matrices.
     logits = torch.bmm(keys, queries.transpose(1, 2))
+    normalizer = logits.logsumexp(dim=1, keepdim=True) if keys_rewritten else None
     mass = logits.softmax(dim=1)
+    del logits
     kept_mass, lost_mass = mass[:, :n_survivors], mass[:, n_survivors:]
     residual = torch.bmm(lost_mass.transpose(1, 2), evicted_values)
     output = torch.baddbmm(residual, kept_mass.transpose(1, 2), kept_values)
 
     # What the survivors have without a fit, as the press left their keys.
     mass = kept_mass
-    if keys_rewritten:
-        mass = torch.bmm(kept_keys, kept_queries.transpose(1, 2)).sub_(logits.logsumexp(dim=1, keepdim=True)).exp_()
+    if normalizer is not None:
+        mass = torch.bmm(kept_keys, kept_queries.transpose(1, 2)).sub_(normalizer).exp_()
         residual = torch.baddbmm(output, mass.transpose(1, 2), kept_values, alpha=-1)
     error_of_eviction = _squared_error(residual, mass, output)
 
@@ -219,7 +225,8 @@ def _fit(
     rows = _rows_of(target, n_survivors)
     fitted_values = _means_with_counted(kept_values, evicted_values, kept_mass, lost_mass, rows)
 
-    growth = _with_counted(kept_mass, lost_mass, rows).add_(_LEAST_MASS).div_(mass + _LEAST_MASS).log_()
+    growth = _add_counted_(kept_mass.clone(memory_format=torch.contiguous_format), lost_mass, rows)
+    growth.add_(_LEAST_MASS).div_(mass + _LEAST_MASS).log_()
     if keys_rewritten:
         moment = _second_moment(kept_queries, key_ridge)
     smoother = torch.bmm(kept_queries, torch.cholesky_inverse(_cholesky(moment)))
@@ -247,20 +254,16 @@ def _rows_of(target: torch.Tensor, n_survivors: int) -> tuple[torch.Tensor, torc
     return to_row.sort(stable=True) if adds_by_segment(target.device) else (to_row, None)
 
 
-def _with_counted(
+def _add_counted_(
     survivors: torch.Tensor, evicted: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor | None]
 ) -> torch.Tensor:
-    """Rows of the survivors, shape ``(n_heads, n_survivors, n)``, plus those of the evicted counted to each."""
-    n_heads, n_survivors, n = survivors.shape
+    """Add to rows of the survivors, shape ``(n_heads, n_survivors, n)``, contiguous, those that are counted to each."""
     to_row, order = rows
-    evicted = evicted.reshape(-1, n)
+    evicted = evicted.reshape(-1, evicted.shape[-1])
     if order is not None:
         evicted = evicted[order]
-    with_spare = survivors.new_empty(n_heads * n_survivors + 1, n)
-    sums = with_spare[:-1].view(survivors.shape)
-    sums.copy_(survivors)
-    add_rows_(with_spare, to_row, evicted)
-    return sums
+    add_rows_(survivors.view(-1, survivors.shape[-1]), to_row, evicted)
+    return survivors
 
 
 def _means_with_counted(
@@ -270,15 +273,11 @@ def _means_with_counted(
     lost_mass: torch.Tensor,
     rows: tuple[torch.Tensor, torch.Tensor | None],
 ) -> torch.Tensor:
-    """Means of the survivors' values and of those counted to each, weighted by mean attention."""
+    """Means of the survivors' values and of those counted to each, weighted by mean attention; spoils the latter."""
     kept_share = kept_mass.mean(dim=2, keepdim=True).add_(_LEAST_SHARE)
     lost_share = lost_mass.mean(dim=2, keepdim=True)
-    sums = _with_counted(
-        torch.cat([kept_values * kept_share, kept_share], dim=-1),
-        torch.cat([evicted_values * lost_share, lost_share], dim=-1),
-        rows,
-    )
-    return sums[..., :-1] / sums[..., -1:]
+    sums = _add_counted_(kept_values * kept_share, evicted_values.mul_(lost_share), rows)
+    return sums.div_(_add_counted_(kept_share, lost_share, rows))
 
 
 def naive_attention_match(

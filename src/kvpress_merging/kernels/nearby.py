@@ -45,26 +45,23 @@ def nearest_nearby(
     torch.Tensor
         Index of a survivor, int64, shape ``(n_heads, n_evicted)``.
     """
-    n_heads, n_survivors, _ = survivor_keys.shape
+    n_heads, n_survivors, head_dim = survivor_keys.shape
     n_evicted = evicted_keys.shape[1]
-    # The distance of x to y is least where x^T M y - y^T M y / 2 is most: one more column makes a product of it. Evenly
-    # scaled, or the halves of large squares would take the small ones' digits.
+    # The distance of x to y is least where x^T M y - y^T M y / 2 is most.
     measured = torch.bmm(survivor_keys, metric)
-    half_square = (survivor_keys * measured).sum(dim=-1, keepdim=True).div_(2)
-    scale = half_square.amax(dim=1, keepdim=True).sqrt_().clamp_(min=torch.finfo(torch.float32).tiny)
-    survivor_keys = torch.cat([measured, half_square.div_(-scale)], dim=-1)
-    evicted_keys = torch.cat([evicted_keys, scale.expand(-1, n_evicted, 1)], dim=-1)
+    minus_half_square = (survivor_keys * measured).sum(dim=-1, keepdim=True).div_(-2)
     if n_survivors <= WINDOW:
-        return first_max(torch.bmm(survivor_keys, evicted_keys.transpose(1, 2)), n_survivors)[1].squeeze(1)
+        products = torch.baddbmm(minus_half_square, measured, evicted_keys.transpose(1, 2))
+        return first_max(products, n_survivors)[1].squeeze(1)
 
-    head_dim = survivor_keys.shape[-1]
     length = block_length(n_survivors, n_evicted)
     n_missing = -n_evicted % length
-    blocks = F.pad(evicted_keys, (0, 0, 0, n_missing)).view(n_heads, -1, length, head_dim)
-    first = F.pad(place, (0, n_missing)).view(n_heads, -1, length)
+    if n_missing:
+        evicted_keys, place = F.pad(evicted_keys, (0, 0, 0, n_missing)), F.pad(place, (0, n_missing))
+    blocks, first = evicted_keys.unflatten(1, (-1, length)), place.unflatten(1, (-1, length))
     # Centred on the block's middle; the last block's on the middle of what there is of it.
-    last_middle = (length - n_missing) // 2
-    middle = torch.cat([first[:, :-1, length // 2], first[:, -1:, last_middle]], dim=1)
+    middle = first[:, :, length // 2].clone()
+    middle[:, -1] = first[:, -1, (length - n_missing) // 2]
     start = (middle - WINDOW // 2).clamp_(0, n_survivors - WINDOW)
     n_blocks = blocks.shape[1]
     target = torch.empty((n_heads, n_blocks, length), dtype=torch.int64, device=place.device)
@@ -72,9 +69,12 @@ def nearest_nearby(
     at_once = max(1, block_bytes(place.device) // (4 * n_heads * WINDOW * (head_dim + length)))
     for i in range(0, n_blocks, at_once):
         block = slice(i, i + at_once)
-        window = start[:, block, None] + near
-        candidates = gather_rows(survivor_keys, window.flatten(1)).view(-1, WINDOW, head_dim)
-        products = torch.bmm(candidates, blocks[:, block].reshape(-1, length, head_dim).transpose(1, 2))
+        window = (start[:, block, None] + near).flatten(1)
+        products = torch.baddbmm(
+            gather_rows(minus_half_square, window).view(-1, WINDOW, 1),
+            gather_rows(measured, window).view(-1, WINDOW, head_dim),
+            blocks[:, block].reshape(-1, length, head_dim).transpose(1, 2),
+        )
         best = first_max(products, WINDOW)[1].view(n_heads, -1, length)
         target[:, block] = best + start[:, block, None]
     return target.flatten(1)[:, :n_evicted]

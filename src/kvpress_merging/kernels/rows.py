@@ -144,7 +144,7 @@ def add_rows_(sums: torch.Tensor, to_row: torch.Tensor, rows: torch.Tensor) -> N
     Parameters
     ----------
     sums : torch.Tensor
-        float32, shape ``(n_rows + 1, ...)``. The last row is for what belongs nowhere: it has no meaning afterwards.
+        float32, shape ``(n_rows, ...)``.
     to_row : torch.Tensor
         int64, shape ``(n,)``; ascending where :func:`adds_by_segment`.
     rows : torch.Tensor
@@ -153,9 +153,9 @@ def add_rows_(sums: torch.Tensor, to_row: torch.Tensor, rows: torch.Tensor) -> N
     if not adds_by_segment(rows.device):
         sums.index_add_(0, to_row, rows)
         return
-    bounds = torch.searchsorted(to_row, torch.arange(len(sums), device=rows.device))
+    bounds = torch.searchsorted(to_row, torch.arange(len(sums) + 1, device=rows.device))
     # Not checked, since PyTorch would wait for the device to check that no segment has a negative length.
-    sums[:-1] += torch.segment_reduce(rows, "sum", offsets=bounds, initial=0, unsafe=True)
+    sums += torch.segment_reduce(rows, "sum", offsets=bounds, initial=0, unsafe=True)
 
 
 def stand_ins(
