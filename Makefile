@@ -62,7 +62,7 @@ define install
 @echo "Installing into $(1) (a few minutes, once) ..."
 @$(1)/bin/python -m pip install -qq --disable-pip-version-check \
 	$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $$(grep '^torch==' constraints.txt)
-@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(2) -e '.[eval,dev,ray]'
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(2) -e '.[eval,dev,docs,ray]'
 @$(1)/bin/python -m pip freeze --disable-pip-version-check | grep -E '^(torch|transformers|kvpress|datasets|pandas|numpy)=='
 @touch $@
 endef
