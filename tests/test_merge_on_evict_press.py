@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from every_press import AveragingPress
+from every_press import AveragingPress, MaskingPress
 from kvpress import BasePress, KnormPress, PerLayerCompressionPress
 from replay import attention_modules, clear_masks, run
 from test_every_press import CASES, input_ids_for, llama, tokenizer_folder  # noqa: F401
@@ -79,6 +79,23 @@ def test_layers_with_a_sliding_window_are_neither_merged_nor_reported():
     full_attention = [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
     assert [call.module.layer_idx for call in press.calls] == full_attention
     assert list(press.report.to_dict()) == full_attention
+
+
+class MaskingAndRebuildingPress(MaskingPress):
+    """Masks, and gives tensors back that it has worked out anew."""
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        keys, values = super().compress(module, hidden_states, keys, values, attentions, kwargs)
+        return keys * 1.0, values * 1.0
+
+
+def test_a_press_that_masks_may_rebuild_the_layer_as_long_as_every_position_keeps_its_slot(llama):  # noqa: F811
+    input_ids = torch.arange(10, 40)[None]
+    expected = run(llama, MergingPress(MaskingPress()), input_ids)
+    merged = run(llama, MergingPress(MaskingAndRebuildingPress()), input_ids)
+    for layer, layer_expected in zip(merged, expected, strict=True):
+        assert torch.equal(layer.values, layer_expected.values)
+        assert torch.equal(layer.is_masked, layer_expected.is_masked)
 
 
 class OneBudgetWithoutSlidingLayers(BasePress):
