@@ -420,3 +420,14 @@ def test_a_fit_is_taken_though_the_sum_of_its_numbers_is_more_than_float16_holds
     assert match.is_fitted.all()
     assert match.values.sum(dim=(2, 3)).isinf().all()
     assert match.values.isfinite().all()
+
+
+@pytest.mark.usefixtures("whatever_its_error")
+def test_arithmetic_stays_in_float32_under_autocast():
+    layer = redundant_layer(1, 2, 60, 30)
+    queries = queries_for(layer, 13)
+    expected = run(layer, queries)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = run(layer, queries)
+    assert torch.equal(result.keys, expected.keys)
+    assert torch.equal(result.values, expected.values)
