@@ -62,7 +62,7 @@ define install
 @echo "Installing into $(1) (a few minutes, once) ..."
 @$(1)/bin/python -m pip install -qq --disable-pip-version-check \
 	$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $$(grep '^torch==' constraints.txt)
-@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(2) -e '.[eval,dev,ray]'
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(2) -e '.[eval,dev,docs,ray]'
 @$(1)/bin/python -m pip freeze --disable-pip-version-check | grep -E '^(torch|transformers|kvpress|datasets|pandas|numpy)=='
 @touch $@
 endef
@@ -70,7 +70,9 @@ endef
 coverage: $(VENV)/.trust  ## measure which lines and branches of src/ the tests run
 	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --cov --cov-report=
 	@mkdir -p evaluation/results/trust
-	@$(BIN)/coverage report --format=markdown > evaluation/results/trust/coverage.md; \
+	@{ printf '# Coverage\n\n`make coverage`: the lines and branches of `src/` that the tests run, and those that they miss: '; \
+		printf 'abstract methods, and what runs on a GPU or in a process of its own.\n\n'; \
+		$(BIN)/coverage report --format=markdown; } > evaluation/results/trust/coverage.md; \
 		status=$$?; cat evaluation/results/trust/coverage.md; exit $$status
 
 mutation: $(VENV)/.trust  ## break the code in many places, one at a time, and count what the tests notice: up to an hour

@@ -68,6 +68,27 @@ def heads_of(report) -> tuple[int, int]:
     return sum(row["heads"] for row in rows), sum(row["heads_fitted"] for row in rows)
 
 
+def test_a_press_around_it_that_calls_compress_gets_what_a_forward_pass_gives(llama):
+    input_ids = input_ids_for(CASES["Knorm"])
+    given = []
+
+    def note(module, args, kwargs, output):
+        given.append((module, kwargs))
+
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in attention_modules(llama)]
+    full = run(llama, None, input_ids)
+    for handle in handles:
+        handle.remove()
+    expected = run(llama, AttentionMatchingPress(KnormPress(0.5)), input_ids)
+    clear_masks(llama)
+    press = AttentionMatchingPress(KnormPress(0.5))
+    for (module, kwargs), layer, layer_expected in zip(given, full, expected, strict=True):
+        keys, values = press.compress(module, kwargs["hidden_states"], layer.keys, layer.values, None, kwargs)
+        assert torch.equal(keys, layer_expected.keys)
+        assert torch.equal(values, layer_expected.values)
+    assert sum(row["heads_fitted"] for row in press.report.to_dict().values()) > 0
+
+
 # Fields.
 
 

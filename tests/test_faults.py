@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An exception surfaces as it was raised, and leaves model, press and cache as they were."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -10,7 +11,7 @@ import weakref
 import pytest
 import torch
 from every_press import CASES
-from kvpress import AdaKVPress, KnormPress, PerLayerCompressionPress, ScorerPress
+from kvpress import AdaKVPress, BasePress, KnormPress, PerLayerCompressionPress, ScorerPress
 from replay import assert_merged, attention_modules, clear_masks, run
 from tiny import tiny_checkpoint
 from transformers import DynamicCache
@@ -114,16 +115,156 @@ class FailingPress(ScorerPress):
         return keys.norm(dim=-1)
 
 
+class CallingPress(BasePress):
+    """Calls the forward hook of a press inside it."""
+
+    def __init__(self, press):
+        self.press = press
+
+    def forward_hook(self, module, input, kwargs, output):
+        return self.press.forward_hook(module, input, kwargs, output)
+
+
+@pytest.mark.parametrize("is_inside", [False, True], ids=["alone", "inside a press that calls its hook"])
 @pytest.mark.parametrize("wrap", [lambda press: press, AdaKVPress, lambda p: PerLayerCompressionPress(p, [0.5] * 4)])
-def test_a_layer_whose_press_fails_is_put_back(wrap, llama, input_ids):
+def test_a_layer_whose_press_fails_is_put_back(wrap, is_inside, llama, input_ids):
     full = run(llama, None, input_ids)
     cache = DynamicCache()
     scorer = FailingPress(0.25)
+    press = MergingPress(wrap(scorer))
     with pytest.raises(Stop, match="score"):
-        run(llama, MergingPress(wrap(scorer)), input_ids, cache=cache)
+        run(llama, CallingPress(press) if is_inside else press, input_ids, cache=cache)
     assert torch.equal(cache.layers[2].values, full[2].values)
     assert torch.equal(cache.layers[2].keys, full[2].keys)
     assert scorer.compression_ratio == 0.25
+
+
+def test_tensors_that_a_failing_compress_wrote_into_are_put_back(llama):
+    keys, values = torch.randn(2, 1, 2, 20, 16)
+    before = keys.clone(), values.clone()
+    module = attention_modules(llama)[2]
+    with pytest.raises(Stop, match="score"):
+        MergingPress(FailingPress(0.25)).compress(module, torch.randn(1, 20, 64), keys, values, None, {})
+    assert torch.equal(keys, before[0])
+    assert torch.equal(values, before[1])
+
+
+class UnmaskingPress(BasePress):
+    """Masks the first five positions, unmasks them when ``step`` comes, and fails."""
+
+    def __init__(self, step: str):
+        self.step = step
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        if self.step == "compress":
+            self.fail([module])
+        module.masked_key_indices = torch.where(torch.arange(keys.shape[2]).expand(keys.shape[:3]) < 5)
+        return keys, values
+
+    @contextlib.contextmanager
+    def __call__(self, model):
+        with super().__call__(model):
+            yield
+        self.fail(attention_modules(model))
+
+    def fail(self, modules):
+        for module in modules:
+            module.masked_key_indices = None
+        raise Stop(self.step)
+
+
+def test_masks_that_a_failing_compress_took_away_are_put_back(llama):
+    module = attention_modules(llama)[0]
+    module.masked_key_indices = masked = torch.tensor([0]), torch.tensor([1]), torch.tensor([3])
+    keys, values = torch.randn(2, 1, 2, 20, 16)
+    with pytest.raises(Stop, match="compress"):
+        MergingPress(UnmaskingPress("compress")).compress(module, torch.randn(1, 20, 64), keys, values, None, {})
+    assert module.masked_key_indices is masked
+    clear_masks(llama)
+
+
+def test_masks_that_a_press_took_away_before_it_failed_on_leaving_are_put_back(llama, input_ids):
+    full, cache = run(llama, None, input_ids), DynamicCache()
+    with pytest.raises(Stop, match="exit"):
+        run(llama, MergingPress(UnmaskingPress("exit")), input_ids, cache=cache)
+    for module, layer, layer_full in zip(attention_modules(llama), cache.layers, full, strict=True):
+        assert [index.tolist() for index in module.masked_key_indices] == [[0] * 10, [0] * 5 + [1] * 5, [*range(5)] * 2]
+        assert not torch.equal(layer.values, layer_full.values)  # as after its eviction
+        assert torch.equal(layer.keys, layer_full.keys)
+
+
+class MaskingOnLeavingPress(BasePress):
+    """Masks the first five positions of all layers when its context is left, in whatever way."""
+
+    @contextlib.contextmanager
+    def __call__(self, model):
+        try:
+            yield
+        finally:
+            for module in attention_modules(model):
+                module.masked_key_indices = torch.where(torch.arange(96).expand(1, 2, -1) < 5)
+
+
+def test_masks_that_a_press_sets_on_its_way_out_of_a_failure_are_taken_back(llama, input_ids):
+    cache = DynamicCache()
+    clear_masks(llama)
+    full = run(llama, None, input_ids)
+    with pytest.raises(Stop), torch.no_grad(), MergingPress(MaskingOnLeavingPress())(llama):
+        llama.model(input_ids=input_ids, past_key_values=cache)
+        raise Stop
+    for module, layer, layer_full in zip(attention_modules(llama), cache.layers, full, strict=True):
+        assert getattr(module, "masked_key_indices", None) is None
+        assert torch.equal(layer.values, layer_full.values)
+    merged = run(llama, MergingPress(MaskingOnLeavingPress()), input_ids)  # and with no failure they stay
+    assert all(layer.is_masked.sum() == 10 for layer in merged)
+    clear_masks(llama)
+
+
+class ForgivingPress(KnormPress):
+    """Lets no Stop out of its context."""
+
+    @contextlib.contextmanager
+    def __call__(self, model):
+        with contextlib.suppress(Stop), super().__call__(model):
+            yield
+
+
+def test_an_exception_that_the_press_itself_swallows_leaves_no_tracks_either(llama, input_ids):
+    before = tracks_of(llama)
+    with MergingPress(ForgivingPress(0.5))(llama):
+        raise Stop
+    assert tracks_of(llama) == before
+    with pytest.raises(KeyboardInterrupt), MergingPress(ForgivingPress(0.5))(llama):
+        raise KeyboardInterrupt
+    assert tracks_of(llama) == before
+
+
+class ReplayingPress(BasePress):
+    """When its context exits, runs the model once more and then cuts the cache."""
+
+    def __init__(self, cache, n_left: int):
+        self.cache, self.n_left = cache, n_left
+
+    @contextlib.contextmanager
+    def __call__(self, model):
+        yield
+        model.model(input_ids=torch.tensor([[7]]), past_key_values=self.cache)
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, : self.n_left], layer.values[:, :, : self.n_left]
+
+
+def test_a_cache_cut_after_a_pass_of_the_presss_own_is_left_as_it_was_and_the_press_named(llama, input_ids):
+    full, cache = run(llama, None, input_ids), DynamicCache()
+    with pytest.raises(ValueError, match=r"^ReplayingPress shortened the cache in a way that does not show"):
+        run(llama, MergingPress(ReplayingPress(cache, n_left=50)), input_ids, cache=cache)
+    for layer, layer_full in zip(cache.layers, full, strict=True):
+        assert torch.equal(layer.keys, layer_full.keys)
+        assert torch.equal(layer.values, layer_full.values)
+    # Cut back to the context alone, it has lost nothing.
+    cache = DynamicCache()
+    run(llama, MergingPress(ReplayingPress(cache, n_left=96)), input_ids, cache=cache)
+    for layer, layer_full in zip(cache.layers, full, strict=True):
+        assert torch.equal(layer.values, layer_full.values)
 
 
 def test_a_fold_that_fails_puts_the_layer_back(llama, input_ids, monkeypatch):
@@ -186,19 +327,22 @@ def test_a_press_that_fails_when_its_context_exits_is_undone(name, llama, input_
             assert torch.equal(layer.values, layer_full.values)
 
 
-def test_masks_of_an_earlier_prefill_play_no_part_in_eager_attention_either(llama, input_ids):
+@pytest.mark.parametrize("name", ["Knorm", "third party, masks"])
+def test_masks_of_an_earlier_prefill_play_no_part_in_eager_attention_either(name, llama, input_ids):
     """kvpress's attention functions forget masks at prefill, but the model's own eager one does not."""
     model = copy.deepcopy(llama)
     model.set_attn_implementation("eager")
-    fresh = run(model, MergingPress(KnormPress(0.5)), input_ids)
+    of_fresh = MergingPress(CASES[name].make())
+    fresh = run(model, of_fresh, input_ids)
     for module in attention_modules(model):
         module.masked_key_indices = (torch.zeros(60, dtype=torch.int64),) * 2 + (torch.arange(60),)
-    press, cache = MergingPress(KnormPress(0.5)), DynamicCache()
+    press, cache = MergingPress(CASES[name].make()), DynamicCache()
     with torch.no_grad(), press(model):
         model.model(input_ids=input_ids, past_key_values=cache)
     for layer, layer_fresh in zip(cache.layers, fresh):
         assert torch.equal(layer.values, layer_fresh.values)
-    assert press.report.to_dict()[0]["evicted"] == 2 * 48
+    assert press.report.to_dict() == of_fresh.report.to_dict()
+    assert press.report.to_dict()[0]["evicted"] > 60
 
 
 def test_a_press_writing_into_its_input_does_not_change_what_is_merged(llama, input_ids):

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from every_press import AveragingPress
-from kvpress import BasePress, KnormPress
+from every_press import AveragingPress, MaskingPress
+from kvpress import BasePress, KnormPress, PerLayerCompressionPress
 from replay import attention_modules, clear_masks, run
 from test_every_press import CASES, input_ids_for, llama, tokenizer_folder  # noqa: F401
 from tiny import tiny_model
@@ -81,6 +81,45 @@ def test_layers_with_a_sliding_window_are_neither_merged_nor_reported():
     assert list(press.report.to_dict()) == full_attention
 
 
+class MaskingAndRebuildingPress(MaskingPress):
+    """Masks, and gives tensors back that it has worked out anew."""
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        keys, values = super().compress(module, hidden_states, keys, values, attentions, kwargs)
+        return keys * 1.0, values * 1.0
+
+
+def test_a_press_that_masks_may_rebuild_the_layer_as_long_as_every_position_keeps_its_slot(llama):  # noqa: F811
+    input_ids = torch.arange(10, 40)[None]
+    expected = run(llama, MergingPress(MaskingPress()), input_ids)
+    merged = run(llama, MergingPress(MaskingAndRebuildingPress()), input_ids)
+    for layer, layer_expected in zip(merged, expected, strict=True):
+        assert torch.equal(layer.values, layer_expected.values)
+        assert torch.equal(layer.is_masked, layer_expected.is_masked)
+
+
+class OneBudgetWithoutSlidingLayers(BasePress):
+    """Masks the earlier half of the layers with full attention, once the last of these has run."""
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        if module is self.modules[-1]:
+            for other in self.modules:
+                is_masked = torch.arange(keys.shape[2]).expand(keys.shape[:3]) < keys.shape[2] // 2
+                other.masked_key_indices = torch.where(is_masked)
+        return keys, values
+
+
+def test_layers_evicted_together_are_merged_though_the_last_layer_of_the_model_slides():
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    model = tiny_model("gemma3_text", layer_types=kinds)
+    inner = OneBudgetWithoutSlidingLayers()
+    inner.modules = [module for module, kind in zip(attention_modules(model), kinds) if kind == "full_attention"]
+    press = NotingPress(inner)
+    run(model, press, torch.arange(10, 74)[None])
+    assert sorted(call.module.layer_idx for call in press.calls) == [0, 2]
+    assert {name: row["evicted"] for name, row in press.report.to_dict().items()} == {0: 2 * 32, 2: 2 * 32}
+
+
 class HooksOfItsOwn(BasePress):
     """Hooks model and layers, with and without keyword arguments, and notes what each hook is given."""
 
@@ -90,10 +129,10 @@ class HooksOfItsOwn(BasePress):
     @contextmanager
     def __call__(self, model):
         def with_kwargs(module, args, kwargs, output):
-            self.given.append((module, kwargs["past_key_values"], output is not None))
+            self.given.append((module, args, kwargs["past_key_values"], output is not None))
 
         def without(module, args, output):
-            self.given.append((module, None, output is not None))
+            self.given.append((module, args, None, output is not None))
 
         handles = [model.model.register_forward_hook(with_kwargs, with_kwargs=True)]
         handles += [model.model.register_forward_hook(without)]
@@ -110,14 +149,19 @@ class HooksOfItsOwn(BasePress):
 def test_hooks_of_a_press_get_their_own_module_and_what_they_asked_for(llama):  # noqa: F811
     inner, cache = HooksOfItsOwn(), DynamicCache()
     earlier = []
-    handle = llama.model.register_forward_hook(lambda module, args, output: earlier.append(module))
+
+    def note(module, args, kwargs, output):
+        earlier.append((module, {type(layer.keys) for layer in kwargs["past_key_values"].layers}))
+
+    handle = llama.model.register_forward_hook(note, with_kwargs=True)
     try:
         run(llama, NotingPress(inner), torch.arange(10, 40)[None], cache=cache)
     finally:
         handle.remove()
     modules = [*attention_modules(llama), llama.model]
-    assert inner.given == [given for module in modules for given in ((module, cache, True), (module, None, True))]
-    assert earlier == [llama.model]  # once, though it was there before the press
+    assert inner.given == [(module, (), given, True) for module in modules for given in (cache, None)]
+    # Once, though it was there before the press, and with no part in what the press does.
+    assert earlier == [(llama.model, {torch.Tensor})]
 
 
 @pytest.mark.parametrize("of", ["shape", "dtype"])
@@ -186,3 +230,36 @@ def test_a_press_that_evicts_nothing_is_handed_nothing(llama):  # noqa: F811
     for layer, layer_full in zip(merged, full, strict=True):
         assert torch.equal(layer.keys, layer_full.keys)
         assert torch.equal(layer.values, layer_full.values)
+
+
+class NotingInnerPress(BasePress):
+    """Keeps the later half, and notes what it is given."""
+
+    def compress(self, module, hidden_states, keys, values, attentions, kwargs):
+        self.given = (module, hidden_states, attentions, kwargs)
+        return keys[:, :, keys.shape[2] // 2 :], values[:, :, values.shape[2] // 2 :]
+
+
+def test_a_press_around_it_hands_the_inner_press_what_it_is_given(llama):  # noqa: F811
+    inner, module = NotingInnerPress(), attention_modules(llama)[0]
+    clear_masks(llama)
+    keys, values = torch.randn(2, 1, 2, 20, 16)
+    hidden_states, attentions, kwargs = torch.randn(1, 20, 64), torch.randn(1, 4, 20, 20), {"of": "the pass"}
+    NotingPress(inner).compress(module, hidden_states, keys, values, attentions, kwargs)
+    assert inner.given[0] is module
+    assert inner.given[1] is hidden_states
+    assert inner.given[2] is attentions
+    assert inner.given[3] is kwargs
+
+
+class FailingPress(KnormPress):
+    def score(self, *args, **kwargs):
+        raise ZeroDivisionError
+
+
+def test_a_ratio_that_a_press_set_for_one_layer_is_put_back_where_that_layer_fails(llama):  # noqa: F811
+    inner = FailingPress(0.3)
+    press = MergingPress(PerLayerCompressionPress(inner, [0.5, 0.6, 0.7, 0.8]))
+    with pytest.raises(ZeroDivisionError):
+        run(llama, press, torch.arange(10, 40)[None])
+    assert inner.compression_ratio == 0.3

@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from replay import positions_by_value, run
 from tiny import tiny_model, tiny_tokenizer
 
-from kvpress_merging import AttentionMatchingPress, MergeReport, MergingPress
+from kvpress_merging import AttentionMatchingPress, MergeReport, MergingPress, layer_report
 from kvpress_merging.eviction import Eviction
 
 INPUT_IDS = torch.stack([torch.randperm(180, generator=torch.Generator().manual_seed(seed))[:64] for seed in (1, 2)])
@@ -185,3 +185,19 @@ def test_without_matplotlib_the_error_names_the_extra(merged, monkeypatch):
     monkeypatch.delitem(sys.modules, "kvpress_merging.plots", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'kvpress-merging\[plot\]'"):
         merged.plot_layers()
+
+
+@pytest.mark.parametrize("wrap", [MergingPress, AttentionMatchingPress])
+def test_figures_of_many_evictions_are_those_of_each(wrap, llama, monkeypatch):
+    def report() -> dict:
+        press = wrap(DecodingPress(KnormPress(), compression_interval=1, target_size=40))
+        run(llama, press, INPUT_IDS[:, :48], INPUT_IDS[:, 48:])
+        return press.report.to_dict()
+
+    expected = report()
+    assert expected[0]["evicted"] == 2 * 2 * (64 - 40)  # heads, rows, and what was left of 64
+    monkeypatch.setattr(layer_report, "_MOST_PARTS", 3)
+    for row, row_expected in zip(report().values(), expected.values(), strict=True):
+        assert row.keys() == row_expected.keys()
+        for name, figure in row_expected.items():
+            assert row[name] == (figure if figure is None else pytest.approx(figure, rel=1e-6)), name

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors that remember which positions they hold."""
 
+import operator
+
 import pytest
 import torch
 
@@ -67,6 +69,7 @@ FOLLOWED = {
     "clone, to, detach": lambda x: x[:, :, 3:].clone().to(torch.float64).detach().float().contiguous(),
     "data": lambda x: x.data[:, :, 1:],
     "a slice written in place": lambda x: x[:, :, 4:].mul_(1.0),
+    "a slice scaled by an operator": lambda x: operator.imul(x[:, :, 4:], 1.0),
     "channels set to zero": lambda x: x.clone().scatter_(-1, torch.full((*x.shape[:3], 1), 3), 0.0)[:, :, :5],
     "channels set by index": lambda x: _set_last_channel(x)[:, :, :5],
 }
@@ -91,6 +94,7 @@ NOT_FOLLOWED = {
     "arithmetic": lambda x: x * 2,
     "a channel": lambda x: x[..., 0],
     "some channels": lambda x: x[..., :2],
+    "some channels, narrowed": lambda x: x.narrow(-1, 1, 2),
     "every row by channel": lambda x: x[:, :, :, torch.tensor([0, 1])],
     "transposed rows": lambda x: x.transpose(2, 3),
     "rows cut in two": lambda x: x.reshape(BSZ, HEADS, K_LEN * 2, HEAD_DIM // 2),
@@ -105,6 +109,10 @@ NOT_FOLLOWED = {
     "a product": lambda x: x @ x.transpose(-1, -2),
     "sorted": lambda x: x.sort(dim=2).values,
     "cat along channels": lambda x: torch.cat([x, x], dim=-1),
+    "stacked with what is not of the cache": lambda x: torch.stack([x, torch.zeros(x.shape)]),
+    "copied to elsewhere": lambda x: torch.zeros(x.shape).copy_(x),
+    "written as a result": lambda x: _write_as_result(x),
+    "written as one of two results": lambda x: _write_as_one_of_two_results(x),
 }
 
 
@@ -112,6 +120,18 @@ def _write_over(x):
     x = x.clone()
     x[:, :, :5] = x[:, :, 5:]
     return x
+
+
+def _write_as_result(x):
+    out = x.clone()
+    torch.add(x.flip(2), 0, out=out)
+    return out
+
+
+def _write_as_one_of_two_results(x):
+    out = x.clone()
+    torch.sort(x, 2, descending=True, out=(out, torch.zeros(0, dtype=torch.int64)))
+    return out
 
 
 @pytest.mark.parametrize("name", NOT_FOLLOWED)
@@ -123,7 +143,9 @@ def test_what_is_no_selection_of_rows_has_no_positions(name, rows):
 
 def test_everything_else_gives_plain_tensors(rows):
     traced = trace(rows)
-    for out in (traced.norm(dim=-1), traced + 1, traced.mean(), torch.topk(traced, 2).values, traced > 0):
+    out = rows.clone(), torch.zeros(0, dtype=torch.int64)
+    written = torch.sort(rows, 2, out=(trace(out[0]), out[1]))
+    for out in (traced.norm(dim=-1), traced + 1, traced.mean(), torch.topk(traced, 2).values, traced > 0, *written):
         assert type(out) is torch.Tensor
     assert isinstance(traced[:, :, 1:], TracedTensor)
     assert type(plain(traced[:, :, 1:])) is torch.Tensor
@@ -155,6 +177,26 @@ def test_writing_in_place_reaches_the_source_and_its_original_is_kept(rows):
     assert traced._trace.original is source
     traced[:, :, 3:].mul_(2)
     assert torch.equal(source[:, :, 3:], rows[:, :, 3:] * 2)
+    assert torch.equal(traced._trace.original, rows)
+    traced._trace.restore()
+    assert torch.equal(source, rows)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: operator.imul(x, 2),
+        lambda x: torch.mul(plain(x), 2, out=x),
+        lambda x: torch.sort(plain(x).clone(), 2, descending=True, out=(x, torch.zeros(0).long())),
+    ],
+    ids=["by an operator", "as a result", "as one of two results"],
+)
+def test_whatever_writes_to_the_source_can_be_undone(write, rows):
+    source = rows.clone()
+    traced = trace(source)
+    write(traced)
+    assert not torch.equal(source, rows)
+    assert traced._trace.is_modified
     assert torch.equal(traced._trace.original, rows)
     traced._trace.restore()
     assert torch.equal(source, rows)

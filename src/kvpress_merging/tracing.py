@@ -83,8 +83,8 @@ class TracedTensor(torch.Tensor):
             if _writes_in_place(name):
                 _before_write(name, args, kwargs)
             written = kwargs.get("out")
-            if isinstance(written, TracedTensor):
-                _before_write("copy_", (written,), {})
+            for tensor in written if isinstance(written, (tuple, list)) else (written,):
+                _before_write("copy_", (tensor,), {})
             out = func(*args, **kwargs)
             return _follow(name, func, args, kwargs, out)
 
@@ -301,6 +301,5 @@ def _to_plain(out: Any) -> Any:
     if isinstance(out, TracedTensor):
         return plain(out)
     if isinstance(out, (tuple, list)) and any(isinstance(item, TracedTensor) for item in out):
-        items = [plain(item) if isinstance(item, TracedTensor) else item for item in out]
-        return type(out)(items) if type(out) in (tuple, list) else type(out)(*items)
+        return type(out)(plain(item) if isinstance(item, TracedTensor) else item for item in out)
     return out

@@ -584,3 +584,20 @@ def test_on_a_gpu_nothing_is_added_in_the_order_of_threads():
         run(layer, merge_keys=True, merge_fraction=0.5, max_merge_per_token=2)
     assert "segment_reduce" in operations.names
     assert not operations.names & {"index_add_", "index_add", "scatter_add_", "scatter_add", "index_put_", "bincount"}
+
+
+@pytest.mark.parametrize("kind", ["shrunk", "masked", "ragged"])
+def test_tensors_that_lie_token_by_token_in_memory_give_what_their_copies_give(kind):
+    layer = random_layer(2, 3, 40, 20, kind=kind)
+    parts = (layer.keys, layer.values, layer.kept_keys, layer.kept_values)
+    by_token = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in parts)
+    expected, result = (run(one, merge_keys=True) for one in (layer, Layer(*by_token, layer.eviction)))
+    assert torch.equal(result.keys, expected.keys)
+    assert torch.equal(result.values, expected.values)
+    assert result.keys.is_contiguous()
+    assert result.values.is_contiguous()
+
+
+def test_a_tile_without_bytes_is_an_error():
+    with pytest.raises(ValueError, match="tile_bytes must be at least 1, got 0"):
+        run(random_layer(1, 1, 4, 2), tile_bytes=0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import Layer, evict, heads_of, layers, put_special_row, random_layer, random_rows, shrunk
+from kernel_cases import Layer, evict, heads_of, layers, masked, put_special_row, random_layer, random_rows, shrunk
 
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels import match as match_module
@@ -93,6 +93,32 @@ def test_parameters_and_numbers_of_queries(n_queries, options):
     layer = redundant_layer(1, 2, 60, 21)
     queries = queries_for(layer, n_queries)
     assert_same(run(layer, queries, **options), run(layer, queries, naive_attention_match, **options), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["shrunk", "masked", "ragged"])
+def test_heads_take_the_fits_that_the_naive_form_takes_and_no_others(kind):
+    alike = redundant_layer(1, 3, 60, 30)
+    keys = torch.cat([alike.keys, random_rows(1, 3, 60, 8, seed=20)], dim=1)
+    values = torch.cat([alike.values, random_rows(1, 3, 60, 8, seed=21)], dim=1)
+    layer = evict(keys, values, 30, kind, seed=0)
+    queries = queries_for(layer, 13)
+    match, expected = run(layer, queries), run(layer, queries, naive_attention_match)
+    assert match.is_fitted.tolist() == expected.is_fitted.tolist()
+    assert 0 < match.is_fitted.sum() < 6
+    assert_same(match, expected, torch.float32)
+
+
+@pytest.mark.usefixtures("whatever_its_error")
+def test_heads_that_lost_nothing_or_everything_keep_no_other_from_its_fit():
+    whole = redundant_layer(1, 4, 40, 40)
+    is_survivor = torch.arange(40).expand(1, 4, 40) % 2 == 0
+    is_survivor = is_survivor | (torch.arange(4) == 0)[:, None]  # the first head keeps all, the third nothing
+    is_survivor = is_survivor & (torch.arange(4) != 2)[:, None]
+    layer = masked(whole.keys, whole.values, is_survivor, ~is_survivor)
+    queries = queries_for(layer, 13)
+    match = run(layer, queries)
+    assert match.is_fitted.tolist() == [[False, True, False, True]]
+    assert_same(match, run(layer, queries, naive_attention_match), torch.float32)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -394,3 +420,14 @@ def test_a_fit_is_taken_though_the_sum_of_its_numbers_is_more_than_float16_holds
     assert match.is_fitted.all()
     assert match.values.sum(dim=(2, 3)).isinf().all()
     assert match.values.isfinite().all()
+
+
+@pytest.mark.usefixtures("whatever_its_error")
+def test_arithmetic_stays_in_float32_under_autocast():
+    layer = redundant_layer(1, 2, 60, 30)
+    queries = queries_for(layer, 13)
+    expected = run(layer, queries)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = run(layer, queries)
+    assert torch.equal(result.keys, expected.keys)
+    assert torch.equal(result.values, expected.values)

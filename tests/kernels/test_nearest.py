@@ -291,6 +291,19 @@ def test_kernels_for_a_cpu_run(kernel):
     assert_nearest(layer, *search(layer, kernel=kernel))
 
 
+def test_similarities_are_float32_whatever_torch_makes_by_default():
+    layer = random_layer(1, 2, 30, 10)
+    expected = search(layer)
+    torch.set_default_dtype(torch.float64)
+    try:
+        similarity, target = search(layer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert similarity.dtype == torch.float32
+    assert torch.equal(similarity, expected[0])
+    assert torch.equal(target, expected[1])
+
+
 def test_keys_that_require_grad_are_searched_without_a_graph():
     layer = random_layer(1, 2, 30, 10)
     layer.keys.requires_grad_()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -195,6 +196,20 @@ def test_auto_takes_the_kernel_where_it_serves(monkeypatch, serves):
     assert searched.called == serves
 
 
+def test_auto_asks_on_a_gpu_alone_and_of_these_very_keys_whether_the_kernel_serves(monkeypatch):
+    def keys_on(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(device=device, dtype=torch.bfloat16, shape=(1, 2, 30, 64))
+
+    gpu = torch.device("cuda", 1)
+    with mock.patch.object(trial, "serves") as serves:
+        assert nearest_module._triton_serves(keys_on(gpu)) is serves.return_value
+        serves.assert_called_once_with(gpu, torch.bfloat16, 64)
+        assert not nearest_module._triton_serves(keys_on(torch.device("cpu")))
+        monkeypatch.setattr(nearest_module, "find_spec", lambda name: None)
+        assert not nearest_module._triton_serves(keys_on(gpu))
+    assert serves.call_count == 1
+
+
 # Where it cannot run
 
 
@@ -206,7 +221,7 @@ def test_keys_that_are_too_long_are_named():
 def test_a_machine_without_triton_is_told(monkeypatch):
     monkeypatch.setattr(nearest_module, "find_spec", lambda name: None)
     layer = random_layer(1, 1, 20, 10, head_dim=64)
-    with pytest.raises(ValueError, match="kernel='triton' needs triton, which is not installed"):
+    with pytest.raises(ValueError, match=r"^kernel='triton' needs triton, which is not installed; use kernel='torch'$"):
         search(layer)
     assert_nearest(layer, *nearest_survivors(layer.keys, torch.ones(1, 1, 20, dtype=torch.bool), layer.eviction))
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -103,6 +104,20 @@ def test_norms_are_the_same_whatever_is_copied_at_once(n_bytes, monkeypatch):
         assert torch.equal(row_norms(rows), rows.double().norm(dim=-1))
 
 
+@pytest.mark.parametrize(
+    ("n_bytes", "most_rows"), [(1, 1), (8 * 4 * 3, 3), (8 * 4 * 10 - 1, 9), (8 * 4 * 10, 10), (8 * 4 * 21, 20)]
+)
+def test_norms_copy_as_many_rows_at_once_as_they_are_told_and_no_more(n_bytes, most_rows, monkeypatch):
+    monkeypatch.setattr(rows_module, "_CPU_COPY_BYTES", n_bytes)
+    with mock.patch.object(torch.linalg, "vector_norm", wraps=torch.linalg.vector_norm) as vector_norm:
+        row_norms(random_rows(2, 3, 10, 4, seed=0))
+    blocks = [call.args[0] for call in vector_norm.call_args_list]
+    assert max(block.shape[:-1].numel() for block in blocks) == most_rows
+    with mock.patch.object(torch.linalg, "vector_norm") as vector_norm:
+        row_norms(torch.empty(2, 3, 2**20, 4, device=META))  # 32 MiB a head, of 64 that another device takes
+    assert [call.args[0].shape for call in vector_norm.call_args_list] == [(2, 2**20, 4), (1, 2**20, 4)] * 2
+
+
 @pytest.mark.parametrize("by_segment", [False, True])
 def test_rows_are_added_to_what_is_there(by_segment, monkeypatch):
     monkeypatch.setattr(rows_module, "adds_by_segment", lambda device: by_segment)
@@ -112,6 +127,13 @@ def test_rows_are_added_to_what_is_there(by_segment, monkeypatch):
     if not by_segment:
         add_rows_(sums, torch.tensor([2, 3, 0]), torch.tensor([[1.0], [2.0], [4.0]]))
         assert sums[:3, 0].tolist() == [8.0, 10.0, 105.0]
+
+
+def test_adding_rows_stays_on_their_device_and_reads_nothing_from_it():
+    sums, to_row = torch.empty(4, 1, device=META), torch.empty(3, dtype=torch.int64, device=META)
+    with mock.patch.object(torch, "arange", wraps=torch.arange) as arange:
+        add_rows_(sums, to_row, torch.empty(3, 1, device=META))
+    assert [call.kwargs["device"] for call in arange.call_args_list] == [META]
 
 
 def test_those_that_may_not_be_chosen_are_stood_in_for_by_the_lowest_that_may():

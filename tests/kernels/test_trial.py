@@ -80,6 +80,23 @@ def test_both_kernels_are_asked_about_an_exact_and_a_random_ragged_layer(dtype, 
     assert questions[2].keys.isfinite().all(dim=-1).sum() > 500
 
 
+def test_what_is_asked_lies_on_the_device_that_is_asked_about(monkeypatch):
+    questions, meta = [], torch.device("meta")
+
+    def search(keys, has_finite_value, eviction, *, kernel):
+        questions.append(Question(keys, has_finite_value, eviction, kernel))
+        if kernel == "triton":
+            raise RuntimeError("no kernel")
+        return None, None
+
+    monkeypatch.setattr(trial, "nearest_survivors", search)
+    assert trial.trial(meta, torch.bfloat16, 32) == "RuntimeError: no kernel"
+    for question in questions:
+        eviction = question.eviction
+        tensors = (question.keys, question.has_finite_value, eviction.survivors, eviction.slots, eviction.evicted)
+        assert [tensor.device for tensor in tensors] == [meta] * 5
+
+
 def is_exact(keys: torch.Tensor) -> bool:
     numbers = keys[keys.isfinite() & (keys != 0)].float().abs()
     return bool((numbers.log2() / 2 == (numbers.log2() / 2).round()).all())
