@@ -54,6 +54,7 @@ PRESS_TESTS = (
     "pipeline",
     "every_press",
     "families",
+    "padding",
 )
 
 
@@ -81,7 +82,7 @@ GROUPS = (
     Group("trial", ("kernels/trial.py",), ("test_trial", "test_nearest_triton"), TRIAL_TESTS),
     Group(
         "press",
-        ("merge_on_evict_press.py",),
+        ("merge_on_evict_press.py", "checks.py"),
         tuple(f"test_{name}" for name in PRESS_TESTS),
         "not leaves_no_tracks and (not (an_exception_inside or test_every_press or test_families) "
         "or AdaKV or KVzip or KVCompose or Composed or third or gemma)",

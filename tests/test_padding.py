@@ -140,6 +140,34 @@ def test_what_stands_in_the_padding_changes_nothing_and_is_not_changed(name, inn
 
 
 @pytest.mark.parametrize("name", PRESSES)
+def test_padding_of_a_prefill_before_the_press_changes_nothing_when_it_evicts_while_decoding(name, llama):
+    def decoded(press, fill: int):
+        clear_masks(llama)
+        batch, cache = padded_batch(fill=fill), DynamicCache()
+        with torch.no_grad():
+            llama.model(**batch, past_key_values=cache)
+            attention_mask, last = batch["attention_mask"], batch["position_ids"][:, -1:]
+            with press(llama):
+                for step in range(1, 5):
+                    attention_mask = torch.cat([attention_mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
+                    token = torch.full((3, 1), 30 + step)
+                    llama.model(token, attention_mask=attention_mask, position_ids=last + step, past_key_values=cache)
+        return snapshot(llama, cache)
+
+    def inner() -> DecodingPress:
+        return DecodingPress(StreamingLLMPress(n_sink=4), compression_interval=4, target_size=40)
+
+    bare, other_bare = decoded(inner(), 7), decoded(inner(), 8)
+    merged, other_merged = decoded(PRESSES[name](inner()), 7), decoded(PRESSES[name](inner()), 8)
+    for before, other_before, after, other_after in zip(bare, other_bare, merged, other_merged):
+        holds_padding = (before.keys != other_before.keys).any(-1)
+        assert holds_padding.any()
+        assert torch.equal(after.values[holds_padding], before.values[holds_padding])
+        assert torch.equal(after.values[~holds_padding], other_after.values[~holds_padding])
+        assert not torch.equal(after.values[~holds_padding], before.values[~holds_padding])
+
+
+@pytest.mark.parametrize("name", PRESSES)
 def test_a_mask_without_padding_changes_nothing(name, llama):
     batch = padded_batch()
     input_ids = batch["input_ids"][:1].repeat(2, 1)
