@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
 """
-Break the kernels and ``merge_on_evict_press.py`` a little, in one place at a time, and see whether a test notices.
+Break the kernels, ``merge_on_evict_press.py`` and ``checks.py`` in one place at a time, and see whether a test notices.
 
     python tests/mutate.py --report evaluation/results/trust/mutation.md
 
