@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
 from evaluation.text import Window
+from kvpress_merging.hooks import attention_modules
 
 
 def prefill(model: PreTrainedModel, window: Window, press: BasePress | None) -> tuple[DynamicCache, int, float]:
@@ -31,7 +32,7 @@ def prefill(model: PreTrainedModel, window: Window, press: BasePress | None) -> 
     # kvpress forgets the masks of the last prefill in its patched attention, but not in a model's own eager one, in
     # which KVComposePress prefills.
     for attention in attention_modules(model):
-        attention.masked_key_indices = None
+        attention.masked_key_indices = None  # type: ignore[assignment]
     cache = DynamicCache()
     context_ids = window.context_ids.to(model.device)
     _synchronize(model.device)
@@ -106,11 +107,6 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def attention_modules(model: PreTrainedModel) -> list[Any]:
-    language_model = getattr(model.model, "language_model", model.model)
-    return [layer.self_attn for layer in language_model.layers]
-
-
 @contextlib.contextmanager
 def _masks_of_each_layer(model: PreTrainedModel, cache: DynamicCache) -> Iterator[None]:
     """
@@ -174,7 +170,7 @@ def watched_attention(
     def watch_output(module: Any, args: tuple) -> None:
         outputs.append(args[0])
 
-    modules = attention_modules(model)
+    modules: list[Any] = attention_modules(model)
     with _hooks(
         [module.register_forward_pre_hook(watch_input, with_kwargs=True) for module in modules]
         + [module.o_proj.register_forward_pre_hook(watch_output) for module in modules]
