@@ -9,6 +9,7 @@ the layers' keys and values with the heads of all processes side by side.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -58,8 +59,12 @@ def main(checkpoint: str, out: str) -> None:
         results[name] = [tuple(gathered(part) for part in layer) for layer in layers], report
     if dist.get_rank() == 0:
         torch.save(results, out)
+    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # Without the interpreter's own end: now and then a thread of the process group outlived it, and the process was
+    # aborted ("terminate called without an active exception"), and with it the other one.
+    os._exit(0)
