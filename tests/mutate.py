@@ -85,7 +85,7 @@ GROUPS = (
         ("merge_on_evict_press.py", "checks.py"),
         tuple(f"test_{name}" for name in PRESS_TESTS),
         "not leaves_no_tracks and (not (an_exception_inside or test_every_press or test_families) "
-        "or AdaKV or KVzip or KVCompose or Composed or third or gemma)",
+        "or AdaKV or KVzip or KVCompose or Composed or nothing or third or gemma)",
         folder="tests",
     ),
 )
