@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from kvpress import BasePress, FinchPress, KeyRerotationPress, RestoreKVPress
+from kvpress import BasePress, RestoreKVPress
 from kvpress.utils import extract_keys_and_values
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
 from evaluation.text import Window
+from kvpress_merging.checks import rotates_keys
 from kvpress_merging.hooks import attention_modules
 
 
@@ -35,18 +36,16 @@ def prefill(model: PreTrainedModel, window: Window, press: BasePress | None) -> 
         attention.masked_key_indices = None  # type: ignore[assignment]
     cache = DynamicCache()
     context_ids = window.context_ids.to(model.device)
-    _synchronize(model.device)
+    synchronize(model.device)
     started = time.perf_counter()
     # Without the language model's head, and by keyword: some presses intercept this very call.
     with press(model) if press is not None else contextlib.nullcontext():
         model.model(input_ids=context_ids, past_key_values=cache)
-    _synchronize(model.device)
+    synchronize(model.device)
     seconds = time.perf_counter() - started
     start = context_ids.shape[1]
     # Where kvpress's pipeline goes on: these presses renumber what they keep, or append to it.
-    if isinstance(press, (KeyRerotationPress, RestoreKVPress)) or (
-        isinstance(press, FinchPress) and press.rerotate_keys
-    ):
+    if press is not None and (rotates_keys(press) or isinstance(press, RestoreKVPress)):
         start = cache.get_seq_length()
     return cache, start, seconds
 
@@ -102,7 +101,8 @@ def count_cache_bytes(model: PreTrainedModel, cache: DynamicCache) -> tuple[int,
     return held, held - masked
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given, so that a clock tells its time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -13,6 +13,7 @@ import torch
 from kvpress import BasePress, KnormPress
 from transformers import DynamicCache, PreTrainedModel
 
+from evaluation.compressed_cache import synchronize
 from kvpress_merging import AttentionMatchingPress, MergingPress
 
 
@@ -51,11 +52,11 @@ def measure_prefill(model: PreTrainedModel, k_len: int, compression_ratio: float
         for name, press in presses(compression_ratio).items():
             cache = DynamicCache()
             with press(model) if press is not None else nullcontext():
-                _wait(model.device)
+                synchronize(model.device)
                 start = time.perf_counter()
                 # The body alone, as kvpress's pipeline prefills: logits of a context are of no use.
                 model.base_model(input_ids=input_ids, past_key_values=cache)
-                _wait(model.device)
+                synchronize(model.device)
                 if i > 0:
                     seconds.setdefault(name, []).append(time.perf_counter() - start)
     return {
@@ -69,8 +70,3 @@ def measure_prefill(model: PreTrainedModel, k_len: int, compression_ratio: float
             if name not in ("full", "bare")
         },
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

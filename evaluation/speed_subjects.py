@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from kvpress import KnormPress, MergingPress
 
+from evaluation.compressed_cache import synchronize
 from kvpress_merging import AttentionMatchingPress
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
@@ -212,14 +213,10 @@ def measure_seconds(
 
 
 def _seconds(call: Call, device: str) -> float:
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    wait()
+    synchronize(torch.device(device))
     start = time.perf_counter()
     call()
-    wait()
+    synchronize(torch.device(device))
     return time.perf_counter() - start
 
 

@@ -143,7 +143,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
     @torch.no_grad()
     def _keep_projected(self, module: nn.Module, projection: nn.Module, args: Any, output: torch.Tensor) -> None:
         """Projecting the sampled positions again took a tenth of the re-fit's time at 1,024 tokens."""
-        self._projected[module] = output[:, reference_positions(output.shape[1], self.n_queries, output.device)]
+        self._projected[module] = self._at_reference_positions(output)
 
     @torch.no_grad()
     def observe(self, module: nn.Module, kwargs: dict[str, Any], is_prefill: bool) -> None:
@@ -219,19 +219,21 @@ class AttentionMatchingPress(MergeOnEvictPress):
     def _sample(
         self, module: nn.Module, hidden_states: torch.Tensor, projected: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        q_len, device = hidden_states.shape[1], hidden_states.device
         state = self._states.get(module)
         is_padding = None if state is None else state.is_padding
-        if is_padding is None or is_padding.shape[1] != q_len:
+        if is_padding is None or is_padding.shape[1] != hidden_states.shape[1]:
             if projected is None:
-                positions = reference_positions(q_len, self.n_queries, device)
-                projected = query_projection(module)(hidden_states[:, positions])
+                projected = query_projection(module)(self._at_reference_positions(hidden_states))
             return [prerope_queries(module, projected)]
         context = []
         for row, tokens in zip(hidden_states, self._padding.tokens(is_padding)):
-            positions = tokens[reference_positions(len(tokens), self.n_queries, device)]
+            positions = tokens[reference_positions(len(tokens), self.n_queries, tokens.device)]
             context.append(prerope_queries(module, query_projection(module)(row[None, positions])))
         return context
+
+    def _at_reference_positions(self, rows: torch.Tensor) -> torch.Tensor:
+        """Those rows that reference queries are made of, shape ``(bsz, n, n_channels)``, of a context of all tokens."""
+        return rows[:, reference_positions(rows.shape[1], self.n_queries, rows.device)]
 
 
 def _of_row(rotation: Rotation, one: slice) -> Rotation:
