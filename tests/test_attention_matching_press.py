@@ -96,9 +96,9 @@ def test_defaults_and_their_order():
     press = AttentionMatchingPress(KnormPress(0.5), 64, 0.5)
     assert (press.n_queries, press.key_ridge) == (64, 0.5)
     default = AttentionMatchingPress(KnormPress(0.5))
-    assert (default.n_queries, default.key_ridge) == (128, 0.1)
+    assert (default.n_queries, default.key_ridge) == (96, 0.1)
     assert repr(default) == (
-        "AttentionMatchingPress(press=KnormPress(compression_ratio=0.5), n_queries=128, key_ridge=0.1)"
+        "AttentionMatchingPress(press=KnormPress(compression_ratio=0.5), n_queries=96, key_ridge=0.1)"
     )
 
 

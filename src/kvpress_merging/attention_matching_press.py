@@ -60,9 +60,9 @@ class AttentionMatchingPress(MergeOnEvictPress):
     Match attention on evict: shift the survivors' keys and values so that attention over them gives what it gave.
 
     A few reference queries are made of the layer's own input and rotated to where the context ends. Each evicted
-    position is counted to the survivor nearby that they see most alike. A ridge regression shifts each survivor's key
-    a little, so that it attracts what those counted to it did too, and its value becomes the mean of what it now stands
-    for, weighted by attention. A head takes the fit only if that rids it of a fifth of eviction's error on queries left
+    position is counted to the survivor nearby that they see most alike and whose value is most like its own. A ridge
+    regression shifts each survivor's key a little, so that it attracts what those counted to it did too, and its value
+    becomes the mean of what it now stands for, weighted by attention. A head takes the fit only if that rids it of a fifth of eviction's error on queries left
     out of it. Which positions survive is the inner press's choice alone. See
     :func:`kvpress_merging.kernels.match.attention_match`.
 
@@ -74,7 +74,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
     ----------
     press : BasePress
         The press whose evictions are made good for: any press that evicts positions.
-    n_queries : int, default=128
+    n_queries : int, default=96
         Reference queries per KV head, each from a position of its own, at least 1. More fit better and cost more.
     key_ridge : float, default=0.1
         How strongly keys are held where they were, above 0, in units of the mean squared reference query.
@@ -104,7 +104,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
     [2, 2]
     """
 
-    n_queries: int = 128
+    n_queries: int = 96
     key_ridge: float = 0.1
 
     # Not a field: it is no part of a press's configuration.

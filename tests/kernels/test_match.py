@@ -149,27 +149,35 @@ def test_any_layer_leaves_finite_heads_finite_and_unfitted_heads_as_they_were(la
 def oracle(layer: Layer, queries: list, b: int, h: int, survivors: list[int], evicted: list[int]) -> list[list[float]]:
     """New values of one head, if every evicted position is near every survivor, in loops over Python floats."""
     keys, values = layer.keys[b, h].double().tolist(), layer.values[b, h].double().tolist()
-    head_dim, n_queries = len(keys[0]), len(queries)
-    moment = [[math.fsum(q[c] * q[d] for q in queries) for d in range(head_dim)] for c in range(head_dim)]
-    ridge = RIDGES["key_ridge"] * math.fsum(moment[d][d] for d in range(head_dim)) / head_dim
+    head_dim, n_queries, channels = len(keys[0]), len(queries), range(len(values[0]))
     share = dict.fromkeys(survivors + evicted, 0.0)
+    errors = []
     for query in queries:
         weight = {j: math.exp(math.fsum(x * y for x, y in zip(query, keys[j]))) for j in share}
         total = math.fsum(weight.values())
         for j in share:
             share[j] += weight[j] / total / n_queries
+        lost = [math.fsum(weight[i] / total * values[i][d] for i in evicted) for d in channels]
+        errors.append(math.fsum(x * x for x in lost))
+    weights = [(1 + error * n_queries / math.fsum(errors)) / 2 for error in errors]
+    moment = [
+        [math.fsum(w * q[c] * q[d] for w, q in zip(weights, queries)) for d in range(head_dim)] for c in range(head_dim)
+    ]
+    ridge = RIDGES["key_ridge"] * math.fsum(moment[d][d] for d in range(head_dim)) / head_dim
+    mean_square = math.fsum(x * x for j in share for x in values[j]) / len(share)
 
     def distance(i: int, j: int) -> float:
         difference = [x - y for x, y in zip(keys[i], keys[j])]
         products = (moment[c][d] * difference[c] * difference[d] for c in range(head_dim) for d in range(head_dim))
-        return math.fsum(products) + ridge * math.fsum(x * x for x in difference)
+        of_logits = (math.fsum(products) + ridge * math.fsum(x * x for x in difference)) / n_queries
+        return of_logits + 4 * math.fsum((x - y) ** 2 for x, y in zip(values[i], values[j])) / mean_square
 
     counted_to = {i: min(survivors, key=lambda j: distance(i, j)) for i in evicted}
     means = []
     for j in survivors:
         weight = {i: share[i] for i in evicted if counted_to[i] == j} | {j: share[j] + 4e-4}
         total = math.fsum(weight.values())
-        means.append([math.fsum(w * values[i][d] for i, w in weight.items()) / total for d in range(len(values[0]))])
+        means.append([math.fsum(w * values[i][d] for i, w in weight.items()) / total for d in channels])
     return means
 
 
@@ -190,6 +198,24 @@ def test_values_are_the_means_that_loops_in_float64_give(kind):
 
 def attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return (queries @ keys.transpose(-1, -2)).softmax(dim=-1) @ values
+
+
+@pytest.mark.usefixtures("whatever_its_error")
+def test_of_survivors_with_equal_keys_the_one_with_the_likest_value_takes_it():
+    keys, values = (random_rows(1, 1, 20, 8, seed=i) for i in (0, 1))
+    keys[0, 0, [2, 9, 14]] = keys[0, 0, 5].clone()
+    values[0, 0, 9] = values[0, 0, 5] + 0.1
+    layer = shrunk(keys, values, torch.tensor([[[j for j in range(20) if j != 5]]]))
+    changed = (run(layer, queries_for(layer, 9)).values - layer.kept_values)[0, 0].abs().amax(dim=-1) > 1e-6
+    assert changed.nonzero().flatten().tolist() == [8]  # where position 9 stands
+
+
+def test_a_query_that_lost_nothing_weighs_half_of_the_mean_and_the_rest_by_what_they_lost():
+    residual = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [0.0, 5.0], [1.0, 1.0]]])
+    torch.testing.assert_close(
+        match_module._weights(residual), 0.5 + 0.5 * torch.tensor([[0.0, 25.0, 25.0, 2.0]])[..., None] / 13
+    )
+    assert match_module._weights(torch.zeros(2, 3, 4)).eq(0.5).all()
 
 
 @pytest.mark.parametrize("n_kept", [8, 20, 32])

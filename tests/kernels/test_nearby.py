@@ -15,16 +15,19 @@ def test_the_nearest_is_looked_for_among_the_survivors_around(n_kept):
     generator = torch.Generator().manual_seed(3)
     k_len, head_dim = 900, 6
     keys = torch.randn(k_len, head_dim, generator=generator)
+    values = torch.randn(k_len, 3, generator=generator)
     is_kept = torch.zeros(k_len, dtype=torch.bool)
     is_kept[torch.randperm(k_len, generator=generator)[:n_kept]] = True
     survivors, evicted = is_kept.nonzero()[:, 0], (~is_kept).nonzero()[:, 0]
     place = torch.searchsorted(survivors, evicted)
     root = torch.randn(head_dim, head_dim, generator=generator)
     metric = root @ root.T + 0.1 * torch.eye(head_dim)
-    target = nearest_nearby(keys[survivors][None], keys[evicted][None], place[None], metric[None])[0]
-    assert target.equal(naive_nearest_nearby(keys[survivors].double(), keys[evicted].double(), place, metric.double()))
-    factor = torch.linalg.cholesky(metric)
-    distance = torch.cdist(keys[evicted] @ factor, keys[survivors] @ factor)
+    rows = keys[survivors], keys[evicted], values[survivors], values[evicted]
+    value_metric = torch.tensor([[2.5]])
+    target = nearest_nearby(*(x[None] for x in (*rows, place, metric, value_metric)))[0]
+    assert target.equal(naive_nearest_nearby(*(x.double() for x in rows), place, metric.double(), value_metric.double()))
+    points = torch.cat([keys @ torch.linalg.cholesky(metric), values * 2.5**0.5], dim=1)
+    distance = torch.cdist(points[evicted], points[survivors])
     if n_kept <= WINDOW:
         assert target.equal(distance.argmin(dim=1))
     # some before and some behind are always among those looked at
@@ -56,9 +59,10 @@ def test_it_runs_over_a_few_blocks_at_a_time_and_finds_the_same(monkeypatch):
     is_kept = torch.rand(n_heads, n_survivors + n_evicted, generator=torch.Generator().manual_seed(0))
     is_kept = is_kept.argsort(dim=-1).argsort(dim=-1) < n_survivors
     place = is_kept.cumsum(dim=-1)[~is_kept].view(n_heads, n_evicted)
-    survivors, evicted = (random_rows(n_heads, n, head_dim, seed=n) for n in (n_survivors, n_evicted))
-    metric = torch.eye(head_dim).expand(n_heads, -1, -1)
-    expected = nearest_nearby(survivors, evicted, place, metric)
-    for n_bytes in (1, 3 * 4 * n_heads * WINDOW * (head_dim + 1 + block_length(n_survivors, n_evicted))):
+    counts = (n_survivors, n_evicted)
+    rows = [random_rows(n_heads, n, head_dim, seed=n + kind) for kind in (0, 1) for n in counts]
+    metrics = torch.eye(head_dim).expand(n_heads, -1, -1), torch.ones(n_heads, 1, 1)
+    expected = nearest_nearby(*rows, place, *metrics)
+    for n_bytes in (1, 3 * 4 * n_heads * WINDOW * (2 * head_dim + 1 + block_length(n_survivors, n_evicted))):
         monkeypatch.setattr(nearby, "block_bytes", lambda device, n_bytes=n_bytes: n_bytes)
-        assert torch.equal(nearest_nearby(survivors, evicted, place, metric), expected)
+        assert torch.equal(nearest_nearby(*rows, place, *metrics), expected)

@@ -30,11 +30,17 @@ from kvpress_merging.kernels.rows import (
 _LEAST_MASS = 1e-20
 # Share of eviction's error that a fit may leave on queries left out: what few queries say of others is uncertain.
 _MOST_ERROR = 0.8
+# What the distance of two positions makes of their values: the mean square of their difference, in units of the mean
+# square of a value, weighs as much as so many squared differences of logits.
+_VALUE_WEIGHT = 4.0
 # In the mean that a survivor's value becomes, it counts as if it had this share of the attention on top of its own: one
 # that no reference query looks at stays nearly where it was.
 _LEAST_SHARE = 4e-4
 # No query is taken to decide its own fit by more than all but this: it bounds what leaving it out divides by.
 _LEAST_FREEDOM = 1e-3
+_TINY = torch.finfo(torch.float32).tiny
+# Values whose mean square is less are nothing to tell positions by; a weight of its reciprocal does not overflow.
+_LEAST_SQUARE = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +85,13 @@ def attention_match(
     For each head, with ``p_rj`` the attention of reference query r to position j of the full cache and
     ``O_r = sum_j p_rj v_j``:
 
-    1. *mass*. Each evicted position is counted to the survivor whose logits are most like its own, of some that are
-       near it in the context (:func:`kvpress_merging.kernels.nearby.nearest_nearby` in the norm of ``Q^T Q + a I``).
-       The logit of survivor j should then grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the i
-       counted to j. The shift of its key that does so best is a ridge regression, ``D = (Q^T Q + a I)^-1 Q^T d_j``,
-       one factorization for all survivors.
+    1. *mass*. Each evicted position is counted to the survivor whose logits and value are most like its own, of some
+       that are near it in the context: the one with the least ``(k_i - k_j)^T (Q^T W Q + a I) (k_i - k_j) / n_queries
+       + 4 |v_i - v_j|^2 / mean |v|^2`` (:func:`kvpress_merging.kernels.nearby.nearest_nearby`). The logit of survivor j
+       should then grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the i counted to j. The shift of
+       its key that does so best is a ridge regression, ``D = (Q^T W Q + a I)^-1 Q^T W d_j``, one factorization for all
+       survivors. ``W`` is diagonal: the more of its output a query lost, the more it weighs,
+       ``w_r = (1 + e_r / mean e) / 2`` with ``e_r`` the squared error of eviction for query r.
     2. *values*. What survivor j attracts now stands for all that was counted to it, so its value becomes the mean of
        those values, each weighted by its mean attention from the reference queries:
        ``v'_j = (m_j v_j + sum_i m_i v_i) / (m_j + sum_i m_i)``.
@@ -110,7 +118,7 @@ def attention_match(
     eviction : Eviction
         Which positions survived, where they stand in what the press left, and which were evicted.
     key_ridge : float
-        ``a``, in units of the mean of the diagonal of ``Q^T Q``.
+        ``a``, in units of the mean of the diagonal of ``Q^T W Q``.
 
     Returns
     -------
@@ -220,26 +228,31 @@ def _fit(
         residual = torch.baddbmm(output, mass.transpose(1, 2), kept_values, alpha=-1)
     error_of_eviction = _squared_error(residual, mass, output)
 
-    moment = _second_moment(queries, key_ridge)
-    target = nearest_nearby(keys[:, :n_survivors], keys[:, n_survivors:], place, moment)
+    weight = _weights(residual)
+    moment = _second_moment(queries, weight, key_ridge)
+    mean_square = (kept_values.square().sum(dim=(1, 2)) + evicted_values.square().sum(dim=(1, 2))) / keys.shape[1]
+    value_metric = (_VALUE_WEIGHT * queries.shape[1] / mean_square.clamp(min=_LEAST_SQUARE))[:, None, None]
+    target = nearest_nearby(
+        keys[:, :n_survivors], keys[:, n_survivors:], kept_values, evicted_values, place, moment, value_metric
+    )
     rows = _rows_of(target, n_survivors)
     fitted_values = _means_with_counted(kept_values, evicted_values, kept_mass, lost_mass, rows)
 
     growth = _add_counted_(kept_mass.clone(memory_format=torch.contiguous_format), lost_mass, rows)
     growth.add_(_LEAST_MASS).div_(mass + _LEAST_MASS).log_()
     if keys_rewritten:
-        moment = _second_moment(kept_queries, key_ridge)
-    smoother = torch.bmm(kept_queries, torch.cholesky_inverse(_cholesky(moment)))
+        moment = _second_moment(kept_queries, weight, key_ridge)
+    smoother = torch.bmm(kept_queries * weight, torch.cholesky_inverse(_cholesky(moment)))
     shift = torch.bmm(growth, smoother)
     # A query's growth as the others would have it, (fit - leverage * growth) / (1 - leverage).
     leverage = (kept_queries * smoother).sum(dim=-1, keepdim=True)
-    weight = 1 / (1 - leverage).clamp_(min=_LEAST_FREEDOM)
-    growth.mul_((1 - weight).transpose(1, 2)).baddbmm_(shift, (kept_queries * weight).transpose(1, 2))
+    of_fit = 1 / (1 - leverage).clamp_(min=_LEAST_FREEDOM)
+    growth.mul_((1 - of_fit).transpose(1, 2)).baddbmm_(shift, (kept_queries * of_fit).transpose(1, 2))
     mass = growth.exp_().mul_(mass)
     residual = torch.baddbmm(output, mass.transpose(1, 2), fitted_values, alpha=-1)
     error_of_fit = _squared_error(residual, mass, output)
 
-    scale = output.square().sum(dim=(1, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = output.square().sum(dim=(1, 2)).clamp(min=_TINY)
     # False where either is not a number.
     is_better = error_of_fit < _MOST_ERROR * error_of_eviction
     return kept_keys + shift, fitted_values, is_better, error_of_eviction / scale, error_of_fit / scale
@@ -315,10 +328,19 @@ def naive_attention_match(
         mass = (kept_q @ old_keys.T - normalizer).exp()
         error_of_eviction = _naive_squared_error(output - mass @ old_values, mass, output)
 
+        lost = (output - mass @ old_values).square().sum(dim=1)
+        weight = (1 + lost / lost.mean().clamp(min=_TINY)) / 2
         identity = torch.eye(q.shape[1], dtype=q.dtype)
-        moment = q.T @ q + key_ridge * (q.T @ q).diagonal().mean() * identity
+        gram = q.T @ (weight[:, None] * q)
+        some_values = torch.cat([old_values, all_values[evicted]])
         target = naive_nearest_nearby(
-            all_keys[survivors], all_keys[evicted], torch.searchsorted(survivors, evicted), moment
+            all_keys[survivors],
+            all_keys[evicted],
+            old_values,
+            all_values[evicted],
+            torch.searchsorted(survivors, evicted),
+            gram + key_ridge * gram.diagonal().mean() * identity,
+            _VALUE_WEIGHT * len(q) / some_values.square().sum(dim=1).mean().clamp(min=_LEAST_SQUARE),
         )
         fitted_values = old_values.clone()
         for j in range(n_survivors):
@@ -327,14 +349,15 @@ def naive_attention_match(
             fitted_values[j] = share @ torch.cat([old_values[[j]], all_values[evicted[counted]]]) / share.sum()
         growth = kept_mass.index_add(1, target, lost_mass) + _LEAST_MASS
         growth = (growth / (mass + _LEAST_MASS)).log()
-        gram = kept_q.T @ kept_q
+        weighted_q = weight[:, None] * kept_q
+        gram = kept_q.T @ weighted_q
         ridge = key_ridge * gram.diagonal().mean() * identity
-        fitted_keys = old_keys + torch.linalg.solve(gram + ridge, kept_q.T @ growth).T
+        fitted_keys = old_keys + torch.linalg.solve(gram + ridge, weighted_q.T @ growth).T
         others_say = []
         for r in range(len(q)):
             others = torch.arange(len(q)) != r
-            gram = kept_q[others].T @ kept_q[others]
-            others_say.append(kept_q[r] @ torch.linalg.solve(gram + ridge, kept_q[others].T @ growth[others]))
+            gram = kept_q[others].T @ weighted_q[others]
+            others_say.append(kept_q[r] @ torch.linalg.solve(gram + ridge, weighted_q[others].T @ growth[others]))
         mass = mass * torch.stack(others_say).exp()
 
         error_of_fit = _naive_squared_error(output - mass @ fitted_values, mass, output)
@@ -359,9 +382,15 @@ def _squared_error(residual: torch.Tensor, mass: torch.Tensor, output: torch.Ten
     return of_output + of_mass
 
 
-def _second_moment(queries: torch.Tensor, key_ridge: float) -> torch.Tensor:
-    """``Q^T Q`` plus ``key_ridge`` times the mean of its diagonal, shape ``(n_heads, head_dim, head_dim)``."""
-    gram = torch.bmm(queries.transpose(1, 2), queries)
+def _weights(residual: torch.Tensor) -> torch.Tensor:
+    """What each query weighs by what it lost, shape ``(n_heads, n_queries, 1)``; see :func:`attention_match`."""
+    error = residual.square().sum(dim=-1, keepdim=True)
+    return (error / error.mean(dim=1, keepdim=True).clamp(min=_TINY) + 1) / 2
+
+
+def _second_moment(queries: torch.Tensor, weight: torch.Tensor, key_ridge: float) -> torch.Tensor:
+    """``Q^T W Q`` plus ``key_ridge`` times the mean of its diagonal, shape ``(n_heads, head_dim, head_dim)``."""
+    gram = torch.bmm(queries.transpose(1, 2), queries * weight)
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal.add_(key_ridge * diagonal.mean(dim=-1, keepdim=True))
     return gram
