@@ -62,8 +62,8 @@ class AttentionMatchingPress(MergeOnEvictPress):
     A few reference queries are made of the layer's own input and rotated to where the context ends. Each evicted
     position is counted to the survivor nearby that they see most alike and whose value is most like its own. A ridge
     regression shifts each survivor's key a little, so that it attracts what those counted to it did too, and its value
-    becomes the mean of what it now stands for, weighted by attention. A head takes the fit only if that rids it of a fifth of eviction's error on queries left
-    out of it. Which positions survive is the inner press's choice alone. See
+    becomes the mean of what it now stands for, weighted by attention. A head takes the fit only if that rids it of a
+    fifth of eviction's error on queries left out of it. Which positions survive is the inner press's choice alone. See
     :func:`kvpress_merging.kernels.match.attention_match`.
 
     After [Fast KV Compaction via Attention Matching](https://arxiv.org/abs/2602.16284), which fits a bias per key where

@@ -242,6 +242,14 @@ def test_a_head_whose_fit_is_no_better_on_queries_left_out_keeps_evictions_bits(
             assert match.values[0, h].equal(layer.kept_values[0, h])
 
 
+def test_where_eviction_costs_nothing_there_is_nothing_to_fit():
+    layer = redundant_layer(1, 2)
+    layer = evict(layer.keys, torch.zeros_like(layer.values), 20, "shrunk", seed=0)
+    match = run(layer, queries_for(layer, 9))
+    assert not match.is_fitted.any()
+    assert match.keys.equal(layer.kept_keys)
+
+
 def test_a_head_takes_the_fit_only_if_enough_of_the_error_goes(monkeypatch):
     layer = redundant_layer(4, 8, 40, 25)
     queries = queries_for(layer, 20)

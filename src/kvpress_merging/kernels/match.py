@@ -85,12 +85,12 @@ def attention_match(
     For each head, with ``p_rj`` the attention of reference query r to position j of the full cache and
     ``O_r = sum_j p_rj v_j``:
 
-    1. *mass*. Each evicted position is counted to the survivor whose logits and value are most like its own, of some
-       that are near it in the context: the one with the least ``(k_i - k_j)^T (Q^T W Q + a I) (k_i - k_j) / n_queries
-       + 4 |v_i - v_j|^2 / mean |v|^2`` (:func:`kvpress_merging.kernels.nearby.nearest_nearby`). The logit of survivor j
-       should then grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the i counted to j. The shift of
-       its key that does so best is a ridge regression, ``D = (Q^T W Q + a I)^-1 Q^T W d_j``, one factorization for all
-       survivors. ``W`` is diagonal: the more of its output a query lost, the more it weighs,
+    1. *mass*. Each evicted position i is counted to the survivor j whose logits and value are most like its own, of
+       some that are near it in the context (:func:`kvpress_merging.kernels.nearby.nearest_nearby`): the one with the
+       least ``(k_i - k_j)^T M (k_i - k_j) / n_queries + 4 |v_i - v_j|^2 / mean |v|^2``, with ``M = Q^T W Q + a I``. The
+       logit of survivor j should then grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the i
+       counted to j. The shift of its key that does so best is a ridge regression, ``D = M^-1 Q^T W d_j``, one
+       factorization for all survivors. ``W`` is diagonal: the more of its output a query lost, the more it weighs,
        ``w_r = (1 + e_r / mean e) / 2`` with ``e_r`` the squared error of eviction for query r.
     2. *values*. What survivor j attracts now stands for all that was counted to it, so its value becomes the mean of
        those values, each weighted by its mean attention from the reference queries:

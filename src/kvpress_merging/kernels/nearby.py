@@ -62,6 +62,7 @@ def nearest_nearby(
     minus_half_square = (survivor_keys * measured_keys).sum(dim=-1, keepdim=True)
     minus_half_square.add_((survivor_values * measured_values).sum(dim=-1, keepdim=True)).div_(-2)
     measured = torch.cat([measured_keys, measured_values], dim=-1)
+    del measured_keys, measured_values
     evicted = torch.cat([evicted_keys, evicted_values], dim=-1)
     n_channels = evicted.shape[-1]
     if n_survivors <= WINDOW:
