@@ -25,8 +25,8 @@ def test_the_nearest_is_looked_for_among_the_survivors_around(n_kept):
     rows = keys[survivors], keys[evicted], values[survivors], values[evicted]
     value_metric = torch.tensor([[2.5]])
     target = nearest_nearby(*(x[None] for x in (*rows, place, metric, value_metric)))[0]
-    in_float64 = [x.double() for x in rows], [x.double() for x in (metric, value_metric)]
-    assert target.equal(naive_nearest_nearby(*in_float64[0], place, *in_float64[1]))
+    in_float64 = [x.double() for x in rows]
+    assert target.equal(naive_nearest_nearby(*in_float64, place, metric.double(), value_metric.double()))
     points = torch.cat([keys @ torch.linalg.cholesky(metric), values * 2.5**0.5], dim=1)
     distance = torch.cdist(points[evicted], points[survivors])
     if n_kept <= WINDOW:
