@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from evaluation.text import Window
 from kvpress_merging.checks import rotates_keys
-from kvpress_merging.hooks import attention_modules
+from kvpress_merging.following.model import attention_modules
 
 
 def prefill(model: PreTrainedModel, window: Window, press: BasePress | None) -> tuple[DynamicCache, int, float]:

@@ -385,9 +385,13 @@ CASES: dict[str, Case] = {
     "third party, appends a token": Case(SummarizingPress),
     "third party, by a hook": Case(HookPress),
     "third party, by a new layer": Case(NewLayerPress),
-    "third party, masks all layers at once": Case(lambda: OneBudgetPress(by_mask=True)),
-    "third party, by a hook on the model": Case(ModelHookPress),
-    "third party, shrinks all layers at once": Case(lambda: OneBudgetPress(by_mask=False)),
+}
+
+# Presses that evict from a layer in a hook of another module.
+ELSEWHERE: dict[str, Callable[[], BasePress]] = {
+    "masks all layers in the last one's hook": lambda: OneBudgetPress(by_mask=True),
+    "shrinks all layers in the last one's hook": lambda: OneBudgetPress(by_mask=False),
+    "in a hook on the model": ModelHookPress,
 }
 
 REFUSED: dict[str, Callable[[], BasePress]] = {

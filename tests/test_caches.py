@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from every_press import CASES
-from kvpress import DecodingPress, DMSPress, KnormPress, SnapKVPress
+from kvpress import BasePress, DecodingPress, DMSPress, KnormPress
 from replay import Layer, attention_modules, clear_masks, decode, merge_in_float64
 from tiny import tiny_checkpoint
 from transformers import DynamicCache, QuantizedCache, StaticCache
-from transformers.cache_utils import QuantizedLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, QuantizedLayer
 
 from kvpress_merging import MergingPress
 
@@ -191,19 +191,39 @@ def test_a_static_cache_is_a_clear_error(llama, input_ids):
         llama.model(input_ids=input_ids, past_key_values=cache)
 
 
-@pytest.mark.parametrize("inner", [lambda: KnormPress(0.5), lambda: SnapKVPress(0.5, window_size=8)])
-def test_sliding_window_layers_are_left_to_the_bare_press(inner, llama, input_ids):
-    def run(press):
-        cache = DynamicCache(config=config)
-        clear_masks(llama)
-        with torch.no_grad(), press(llama):
-            llama.model(input_ids=input_ids[:, :40], past_key_values=cache)
-        return cache
+class OtherLayer(CacheLayerMixin):
+    """A cache layer that keeps its keys and values under other names."""
 
-    config = type(llama.config)(**{**llama.config.to_dict(), "sliding_window": 64})
-    config.layer_types = ["sliding_attention", "full_attention"] * 2
-    bare, merged = run(inner()), run(MergingPress(inner()))
-    assert [layer.is_sliding for layer in merged.layers] == [True, False, True, False]
-    for layer_bare, layer in zip(bare.layers, merged.layers):
-        assert torch.equal(layer_bare.keys, layer.keys)
-        assert torch.equal(layer_bare.values, layer.values) == layer.is_sliding
+    is_sliding = False
+
+    def lazy_initialization(self, key_states, value_states):
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, cache_kwargs=None):
+        self.lazy_initialization(key_states, value_states)
+        self.both = key_states, value_states
+        return self.both
+
+    def get_mask_sizes(self, cache_position):
+        return self.get_seq_length() + cache_position.shape[0], 0
+
+    def get_seq_length(self):
+        return self.both[0].shape[2] if self.is_initialized else 0
+
+    def get_max_cache_shape(self):
+        return -1
+
+
+class NoPress(BasePress):
+    def forward_hook(self, module, input, kwargs, output):
+        return output
+
+
+def test_layers_that_cannot_be_followed_are_named_in_one_warning(llama, input_ids):
+    cache = DynamicCache()
+    cache.layers += [OtherLayer(), DynamicLayer(), OtherLayer()]
+    clear_masks(llama)
+    message = r"NoPress evicts from these cache layers is not merged.*: 0 \(OtherLayer\), 2 \(OtherLayer\)$"
+    with pytest.warns(RuntimeWarning, match=message) as warnings, torch.no_grad(), MergingPress(NoPress())(llama):
+        llama.model(input_ids=input_ids, past_key_values=cache)
+    assert len([w for w in warnings if issubclass(w.category, RuntimeWarning)]) == 1

@@ -397,7 +397,7 @@ def test_neither_caches_nor_models_are_held(llama, input_ids):
     del cache, model
     gc.collect()
     assert [reference() for reference in held] == [None, None]
-    assert len(press._states) == 0
+    assert len(press._memory.states) == 0
 
 
 def test_attention_without_a_cache_is_left_to_the_model(llama, input_ids):

@@ -45,12 +45,9 @@ KINDS = [
     "Decoding",
     "PrefillDecoding",
     "DMS while decoding",
-    # in a hook of its own, on a layer or on the model, and all layers at once
+    # in a hook of its own
     "third party, by a hook",
     "third party, by a new layer",
-    "third party, by a hook on the model",
-    "third party, masks all layers at once",
-    "third party, shrinks all layers at once",
 ]
 N_CONTEXT = 40
 

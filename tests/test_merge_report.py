@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from replay import positions_by_value, run
 from tiny import tiny_model, tiny_tokenizer
 
-from kvpress_merging import AttentionMatchingPress, MergeReport, MergingPress, layer_report
+from kvpress_merging import AttentionMatchingPress, MergeReport, MergingPress, figures
 from kvpress_merging.eviction import Eviction
 
 INPUT_IDS = torch.stack([torch.randperm(180, generator=torch.Generator().manual_seed(seed))[:64] for seed in (1, 2)])
@@ -166,7 +166,7 @@ def test_the_summary_of_a_blend_draws_the_figures_of_each_layer(merged):
     assert bound.lines[0].get_ydata().tolist() == (100 * frame["bound_mean"]).tolist()
 
 
-def test_a_re_fit_has_a_summary_and_says_that_it_knows_no_pairs(llama, tokenizer):
+def test_matching_has_a_summary_and_says_that_it_knows_no_pairs(llama, tokenizer):
     press = AttentionMatchingPress(KnormPress(0.5))
     run(llama, press, INPUT_IDS)
     figure, frame = press.report.plot_layers(), press.report.to_frame()
@@ -176,7 +176,7 @@ def test_a_re_fit_has_a_summary_and_says_that_it_knows_no_pairs(llama, tokenizer
         frame["error_before"].tolist(),
         frame["error_after"].tolist(),
     ]
-    with pytest.raises(ValueError, match="re-fit moves all survivors"):
+    with pytest.raises(ValueError, match="matching moves all survivors"):
         press.report.plot(tokenizer, INPUT_IDS, 0)
 
 
@@ -196,7 +196,7 @@ def test_figures_of_many_evictions_are_those_of_each(wrap, llama, monkeypatch):
 
     expected = report()
     assert expected[0]["evicted"] == 2 * 2 * (64 - 40)  # heads, rows, and what was left of 64
-    monkeypatch.setattr(layer_report, "_MOST_PARTS", 3)
+    monkeypatch.setattr(figures, "MAX_PARTS", 3)
     for row, row_expected in zip(report().values(), expected.values(), strict=True):
         assert row.keys() == row_expected.keys()
         for name, figure in row_expected.items():

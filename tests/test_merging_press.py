@@ -5,6 +5,7 @@
 import copy
 from dataclasses import dataclass
 
+import kvpress
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,8 @@ from replay import merge_in_float64, run
 from tiny import tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
-from kvpress_merging import MergeOnEvictPress, MergingPress
+from kvpress_merging import Eviction, MergeOnEvictPress, MergingPress
+from kvpress_merging.kernels.blend import cosine_blend
 
 
 @pytest.fixture(scope="module")
@@ -304,3 +306,42 @@ def test_the_report_tells_what_was_merged(llama):
     assert line.startswith("4 layers: 768 positions evicted, ")
     run(llama, press, tokens(1, 64))
     assert press.report.to_dict()[0]["evicted"] == 2 * 32
+
+
+@pytest.mark.parametrize("merge_keys", [False, True])
+@pytest.mark.parametrize("value_dim", [16, 8])
+def test_merge_takes_what_kvpress_own_merge_takes(merge_keys, value_dim):
+    """All positions come back, the kept ones as a prefill would leave them."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 3, 40, 16, generator=generator)
+    values = torch.randn(2, 3, 40, value_dim, generator=generator)
+    indices = torch.rand(2, 3, 40, generator=generator).topk(15, dim=-1).indices
+    press = MergingPress(KnormPress(0.5), merge_keys=merge_keys)
+    keys_before, values_before = keys.clone(), values.clone()
+    new_keys, new_values = press.merge(keys, values, indices)
+    assert torch.equal(keys, keys_before)
+    assert torch.equal(values, values_before)
+    blend = cosine_blend(
+        keys,
+        values,
+        keys.gather(2, indices[..., None].expand(-1, -1, -1, 16)),
+        values.gather(2, indices[..., None].expand(-1, -1, -1, value_dim)),
+        Eviction.from_kept(indices, 40),
+        merge_keys=merge_keys,
+    )
+    is_kept = torch.zeros(2, 3, 40, dtype=torch.bool).scatter(-1, indices, True)
+    for new, old, kept in ((new_keys, keys, blend.keys), (new_values, values, blend.values)):
+        assert torch.equal(new[~is_kept], old[~is_kept])
+        assert torch.equal(new.gather(2, indices[..., None].expand(-1, -1, -1, new.shape[-1])), kept)
+    assert (new_keys is keys) != merge_keys
+    assert not torch.equal(new_values[is_kept], values[is_kept])
+
+
+def test_merge_is_kvpress_own_merge():
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, 40, 16, generator=generator)
+    indices = torch.rand(1, 2, 40, generator=generator).topk(15, dim=-1).indices
+    theirs = kvpress.MergingPress(KnormPress(0.5)).merge(keys, values, indices)
+    ours = MergingPress(KnormPress(0.5)).merge(keys, values, indices)
+    assert ours[0] is theirs[0] is keys
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-5)

@@ -14,8 +14,8 @@ from tiny import tiny_model
 from transformers import DynamicCache
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
+from kvpress_merging.following.padding import Padding
 from kvpress_merging.kernels import match as match_module
-from kvpress_merging.padding import Padding
 
 N_CONTEXT = 64
 LENGTHS = (64, 40, 23)  # tokens of each row, the rest is padding
@@ -221,7 +221,7 @@ def test_padding_is_read_off_every_kind_of_mask(kind):
 
 def test_a_mask_is_read_once_for_all_layers_and_none_is_not_read_at_all(llama, monkeypatch):
     reads: list = []
-    monkeypatch.setattr("kvpress_merging.padding._unseen", lambda *args: reads.append(args) or None)
+    monkeypatch.setattr("kvpress_merging.following.padding._find_unseen", lambda *args: reads.append(args) or None)
     batch = padded_batch()
     prefill(llama, MergingPress(KnormPress(0.5)), {"input_ids": batch["input_ids"]})
     assert not reads

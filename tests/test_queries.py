@@ -9,7 +9,7 @@ from tiny import FAMILIES, tiny_model
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvpress_merging.queries import prerope_queries, query_projection, reference_positions, rotate
+from kvpress_merging.queries import prerope_queries, reference_positions, rotate
 
 
 def watch(model, input_ids):
@@ -57,7 +57,7 @@ def test_reference_queries_are_those_that_the_layer_asks(family, bsz, monkeypatc
         asked = queries_asked(module, seen, monkeypatch).unflatten(1, (-1, module.num_key_value_groups))
         positions = torch.tensor([0, 3, 8, 9, 23])
         with torch.no_grad():
-            queries = prerope_queries(module, query_projection(module)(seen["hidden_states"][:, positions]))
+            queries = prerope_queries(module, seen["hidden_states"][:, positions])
         cos, sin = seen["position_embeddings"]
         assert queries.shape == (bsz, asked.shape[1], len(positions), module.head_dim)
         assert queries.dtype == torch.float32
@@ -96,4 +96,4 @@ def test_positions_differ_and_lie_over_the_whole_context(n_queries):
 def test_a_layer_without_a_query_projection_is_an_error_that_names_it():
     module = torch.nn.Linear(4, 4)
     with pytest.raises(TypeError, match="Linear has neither q_proj nor qkv_proj"):
-        query_projection(module)
+        prerope_queries(module, torch.ones(1, 2, 4))

@@ -4,17 +4,17 @@
 import itertools
 
 import pytest
-from kvpress import AdaKVPress, DMSPress, ExpectedAttentionPress, KVzapPress, SnapKVPress
+from kvpress import AdaKVPress, DecodingPress, DMSPress, ExpectedAttentionPress, KVzapPress, SnapKVPress
 
 from kvpress_merging import PRESS_REGISTRY, AttentionMatchingPress, MergingPress
-from kvpress_merging.registry import PREFILL_PRESSES
+from kvpress_merging.registry import DECODING_PRESSES, PREFILL_PRESSES
 
 
 def test_every_name_makes_the_press_that_it_says():
     classes = {"merging": MergingPress, "matching": AttentionMatchingPress}
     for name, press in PRESS_REGISTRY.items():
         assert type(press) is classes[name.partition("_")[0]]
-    for prefix, inner in itertools.product(classes, PREFILL_PRESSES):
+    for prefix, inner in itertools.product(classes, PREFILL_PRESSES | DECODING_PRESSES):
         assert f"{prefix}_{inner}" in PRESS_REGISTRY
 
 
@@ -31,6 +31,7 @@ def test_each_look_up_makes_a_fresh_press():
         ("merging_snapkv", SnapKVPress()),
         ("merging_adakv_snapkv", AdaKVPress(SnapKVPress())),
         ("merging_dms_kvzap_mlp", DMSPress(KVzapPress(model_type="mlp"))),
+        ("merging_decoding_adakv_snapkv", DecodingPress(AdaKVPress(SnapKVPress()))),
         # kvpress has these names, for the bare scorers
         ("merging_expected_attention", ExpectedAttentionPress(epsilon=1e-2)),
         ("merging_kvzap_mlp", KVzapPress(model_type="mlp")),

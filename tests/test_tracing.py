@@ -7,7 +7,7 @@ import operator
 import pytest
 import torch
 
-from kvpress_merging.tracing import (
+from kvpress_merging.following.tracing import (
     FOREIGN,
     TracedTensor,
     has_foreign_rows,
@@ -174,11 +174,11 @@ def test_the_index_is_read_at_once_and_may_be_written_later(rows):
 def test_writing_in_place_reaches_the_source_and_its_original_is_kept(rows):
     source = rows.clone()
     traced = trace(source)
-    assert traced._trace.original is source
+    assert traced._origin.original is source
     traced[:, :, 3:].mul_(2)
     assert torch.equal(source[:, :, 3:], rows[:, :, 3:] * 2)
-    assert torch.equal(traced._trace.original, rows)
-    traced._trace.restore()
+    assert torch.equal(traced._origin.original, rows)
+    traced._origin.undo_writes()
     assert torch.equal(source, rows)
 
 
@@ -196,16 +196,16 @@ def test_whatever_writes_to_the_source_can_be_undone(write, rows):
     traced = trace(source)
     write(traced)
     assert not torch.equal(source, rows)
-    assert traced._trace.is_modified
-    assert torch.equal(traced._trace.original, rows)
-    traced._trace.restore()
+    assert traced._origin.is_modified
+    assert torch.equal(traced._origin.original, rows)
+    traced._origin.undo_writes()
     assert torch.equal(source, rows)
 
 
 def test_writing_to_a_copy_keeps_no_original(rows):
     traced = trace(rows)
     traced[:, :, 3:].clone().mul_(2)
-    assert traced._trace.original is rows
+    assert traced._origin.original is rows
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

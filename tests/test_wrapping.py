@@ -87,8 +87,45 @@ def test_other_attributes_are_read_from_and_written_to_the_inner_press():
     assert inner.threshold == press.threshold == -3.0
     assert "threshold" not in vars(press)
     assert press.decoding is False
-    with pytest.raises(AttributeError, match="no_such_thing"):
+
+
+def test_what_neither_has_is_neither_read_nor_written():
+    press = MergingPress(DMSPress(KnormPress()))
+    with pytest.raises(AttributeError, match=r"^MergingPress has no attribute 'no_such_thing', and neither has"):
         _ = press.no_such_thing
+    with pytest.raises(AttributeError, match=r"did you mean 'similarity_threshold'\?"):
+        press.similarty_threshold = 0.9
+    with pytest.raises(AttributeError, match=r"did you mean 'sliding_window_size'\?.* declared as a field"):
+        press.sliding_windw_size = 9
+    without = MergingPress(CASES["third party, slices and joins"].make())
+    with pytest.raises(AttributeError, match="MergingPress has no attribute 'compression_ratio'"):
+        without.compression_ratio = 0.5
+    assert vars(press.press) == vars(DMSPress(KnormPress()))
+    assert vars(without.press) == {}
+
+
+def test_a_rule_keeps_its_own_state_in_a_field():
+    @dataclasses.dataclass
+    class CountingPress(MergeOnEvictPress):
+        calls: list = dataclasses.field(init=False, repr=False, compare=False, default_factory=list)
+
+    @dataclasses.dataclass
+    class CarelessPress(MergeOnEvictPress):
+        def __post_init__(self):
+            self.calls = []
+
+    press = CountingPress(KnormPress(0.5))
+    press.calls.append(1)
+    assert press == CountingPress(KnormPress(0.5))
+    with pytest.raises(AttributeError, match=r"^CarelessPress has no attribute 'calls'.*field\(init=False"):
+        CarelessPress(KnormPress(0.5))
+
+
+def test_kvpress_own_merging_press_is_named_apart():
+    with pytest.raises(
+        TypeError, match=r"^kvpress\.MergingPress already merges .* or use kvpress\.MergingPress alone$"
+    ):
+        MergingPress(kvpress.MergingPress(KnormPress(0.5)))
 
 
 def test_compression_ratio_reads_and_writes_through_with_the_errors_of_the_inner_press():
@@ -136,7 +173,7 @@ def test_presses_that_need_a_scorer_refuse_a_merging_press(name):
     more = {"compression_ratios": [0.5] * 4} if name == "PerLayerCompressionPress" else {}
     taken = "base_press" if "base_press" in inspect.signature(wrap).parameters else "press"
     wrap(**{taken: KnormPress()}, **more)
-    with pytest.raises(AssertionError):
+    with pytest.raises(TypeError, match=rf"put MergingPress outermost, MergingPress\({name}\(KnormPress\("):
         wrap(**{taken: MergingPress(KnormPress())}, **more)
 
 

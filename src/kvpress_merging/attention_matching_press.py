@@ -5,52 +5,52 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
-from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from kvpress_merging.checks import check_int, check_number, rotates_keys
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.hooks import Tracks, attention_modules, remove, uncompiled
+from kvpress_merging.following.model import layer_index
 from kvpress_merging.kernels.match import Match, attention_match
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
-from kvpress_merging.queries import prerope_queries, query_projection, reference_positions, rotate
+from kvpress_merging.queries import prerope_queries, reference_positions, rotate
 
 Rotation: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of one position, each of shape ``(bsz or 1, rotary_dim)``."""
 
 # Tokens seen after the prefill whose queries join those of the context when a press evicts while decoding.
-_MOST_RECENT = 64
+_MAX_RECENT = 64
 
 
+@dataclass
 class LayerQueries:
     """
-    What one layer's reference queries are made of, from its prefill until its next one.
+    What one layer's reference queries are made of, as long as it works on one cache.
 
     Parameters
     ----------
     context : list of torch.Tensor
         Queries of the context before RoPE, float32, shape ``(bsz, num_key_value_heads, n, head_dim)``: one of all rows
         of the batch or, where rows have padding, one of each, with ``bsz`` 1 and an n of its own.
+    rotation : tuple of torch.Tensor
+        Of the last token seen.
+    recent : deque of torch.Tensor
+        Hidden states of the tokens that followed the context, each of shape ``(bsz, 1, hidden_dim)``.
     """
 
-    def __init__(self, context: list[torch.Tensor]):
-        self.context = context
-        self.recent: deque[torch.Tensor] = deque(maxlen=_MOST_RECENT)
-        self.rotation: Rotation | None = None
+    context: list[torch.Tensor]
+    rotation: Rotation
+    recent: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_MAX_RECENT))
 
     def queries(self, module: nn.Module) -> list[torch.Tensor]:
         """Queries before RoPE: the context's, and those of the tokens seen since."""
         if not self.recent:
             return self.context
-        recent = prerope_queries(module, query_projection(module)(torch.cat(tuple(self.recent), dim=1)))
+        recent = prerope_queries(module, torch.cat(tuple(self.recent), dim=1))
         return [torch.cat(parts, dim=2) for parts in zip(self.context, recent.chunk(len(self.context)))]
 
 
@@ -107,54 +107,28 @@ class AttentionMatchingPress(MergeOnEvictPress):
     n_queries: int = 96
     key_ridge: float = 0.1
 
-    # Not a field: it is no part of a press's configuration.
-    _queries: ClassVar[WeakKeyDictionary[nn.Module, LayerQueries]]
-    # What the forward pass that runs made at the reference positions, were there no padding.
-    _projected: ClassVar[WeakKeyDictionary[nn.Module, torch.Tensor]]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        self = super().__new__(cls)
-        object.__setattr__(self, "_queries", WeakKeyDictionary())
-        object.__setattr__(self, "_projected", WeakKeyDictionary())
-        return self
+    _queries: WeakKeyDictionary[nn.Module, LayerQueries] = field(
+        init=False, repr=False, compare=False, default_factory=WeakKeyDictionary
+    )
 
     def _check_field(self, name: str, value: Any) -> None:
         super()._check_field(name, value)
         if name == "n_queries":
-            check_int(name, value, least=1)
+            check_int(name, value, min_value=1)
         elif name == "key_ridge":
             check_number(name, value)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
 
-    def _apply(self, model: PreTrainedModel, tracks: Tracks) -> Generator[None, None, None]:
-        modules = [module for module in attention_modules(model) if not getattr(module, "is_sliding", False)]
-        handles = []
-        try:
-            for module in modules:
-                keep = uncompiled(partial(self._keep_projected, module))
-                handles.append(query_projection(module).register_forward_hook(keep))
-            yield from super()._apply(model, tracks)
-        finally:
-            remove(handles)
-            for module in modules:
-                self._projected.pop(module, None)
-
-    @torch.no_grad()
-    def _keep_projected(self, module: nn.Module, projection: nn.Module, args: Any, output: torch.Tensor) -> None:
-        """Projecting the sampled positions again took a tenth of the re-fit's time at 1,024 tokens."""
-        self._projected[module] = self._at_reference_positions(output)
-
     @torch.no_grad()
     def observe(self, module: nn.Module, kwargs: dict[str, Any], is_prefill: bool) -> None:
         """Keep the queries of a prefill, sampled, and the last tokens of what follows."""
-        hidden_states = kwargs["hidden_states"]
-        projected = self._projected.pop(module, None)
+        hidden_states, rotation = kwargs["hidden_states"], _rotation_at(module, kwargs, -1)
         if is_prefill or module not in self._queries:
-            self._queries[module] = LayerQueries(self._sample(module, hidden_states, projected))
+            self._queries[module] = LayerQueries(self._sample(module, hidden_states), rotation)
         else:
-            self._queries[module].recent.extend(hidden_states[:, -_MOST_RECENT:].detach().split(1, dim=1))
-        self._queries[module].rotation = _rotation_at(module, kwargs, -1)
+            self._queries[module].recent.extend(hidden_states[:, -_MAX_RECENT:].detach().split(1, dim=1))
+            self._queries[module].rotation = rotation
 
     @torch.no_grad()
     def fold(
@@ -169,14 +143,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Re-fit; see the class. Where a press pruned channels of the survivors' keys, they stay pruned."""
-        if module in self._queries:
-            prerope = self._queries[module].queries(module)
-            rotation = self._queries[module].rotation
-        else:  # a press around this one called ``compress``, with what it had seen
-            assert hidden_states is not None
-            prerope = self._sample(module, hidden_states)
-            rotation = _rotation_at(module, kwargs, -1)
-        assert rotation is not None
+        prerope, rotation = self._queries[module].queries(module), self._queries[module].rotation
         kept_rotation = None  # as rotation
         if eviction.keys_rewritten and rotates_keys(self.press):
             kept_rotation = _rotation_at(module, kwargs, kept_keys.shape[2] - 1)
@@ -193,7 +160,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
                 matches.append(self._match(layer, row_prerope, *rotations, eviction.of_row(row)))
             match = Match(*(torch.cat([getattr(m, f.name) for m in matches]) for f in fields(Match)))
         self.report.record_fit(
-            int(module.layer_idx),  # type: ignore[arg-type]
+            layer_index(module),
             eviction,
             match.is_fitted,
             match.error_before,
@@ -216,24 +183,18 @@ class AttentionMatchingPress(MergeOnEvictPress):
             kept_queries = kept_queries * (layer[2] != 0).any(dim=2, keepdim=True)
         return attention_match(*layer, queries, kept_queries, eviction, key_ridge=self.key_ridge)
 
-    def _sample(
-        self, module: nn.Module, hidden_states: torch.Tensor, projected: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
-        state = self._states.get(module)
-        is_padding = None if state is None else state.is_padding
-        if is_padding is None or is_padding.shape[1] != hidden_states.shape[1]:
-            if projected is None:
-                projected = query_projection(module)(self._at_reference_positions(hidden_states))
-            return [prerope_queries(module, projected)]
+    def _sample(self, module: nn.Module, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """Queries at the reference positions of each row's tokens."""
+        is_padding = self._memory.states[module].is_padding
+        q_len, device = hidden_states.shape[1], hidden_states.device
+        if is_padding is None or is_padding.shape[1] != q_len:
+            positions = reference_positions(q_len, self.n_queries, device)
+            return [prerope_queries(module, hidden_states[:, positions])]
         context = []
-        for row, tokens in zip(hidden_states, self._padding.tokens(is_padding)):
-            positions = tokens[reference_positions(len(tokens), self.n_queries, tokens.device)]
-            context.append(prerope_queries(module, query_projection(module)(row[None, positions])))
+        for row, tokens in zip(hidden_states, self._memory.padding.tokens(is_padding)):
+            positions = tokens[reference_positions(len(tokens), self.n_queries, device)]
+            context.append(prerope_queries(module, row[None, positions]))
         return context
-
-    def _at_reference_positions(self, rows: torch.Tensor) -> torch.Tensor:
-        """Those rows that reference queries are made of, shape ``(bsz, n, n_channels)``, of a context of all tokens."""
-        return rows[:, reference_positions(rows.shape[1], self.n_queries, rows.device)]
 
 
 def _of_row(rotation: Rotation, one: slice) -> Rotation:

@@ -21,12 +21,12 @@ from transformers import Cache
 from transformers.cache_utils import QuantizedLayer
 
 
-def check_int(name: str, value: Any, least: int) -> None:
-    """Raise a TypeError unless ``value`` is a whole number, and a ValueError if it is below ``least``."""
+def check_int(name: str, value: Any, min_value: int) -> None:
+    """Raise a TypeError unless ``value`` is a whole number, and a ValueError if it is below ``min_value``."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if value < min_value:
+        raise ValueError(f"{name} must be at least {min_value}, got {value!r}")
 
 
 def check_number(name: str, value: Any) -> None:
@@ -73,6 +73,15 @@ def not_followed(press: BasePress) -> ValueError:
         f"{type(press).__name__} shortened the cache in a way that does not show which positions it kept, so what it "
         "evicted cannot be merged: let it pick survivors by indexing, slicing, gathering or concatenating the keys and "
         "values that it is given, or use it without merging. The cache was left as it was."
+    )
+
+
+def evicted_elsewhere(press: BasePress, layers: list[int]) -> ValueError:
+    """The press evicted from layers in a hook that is not theirs."""
+    return ValueError(
+        f"{type(press).__name__} evicted from layers ({', '.join(map(str, layers))}) in a hook of another module, "
+        "where it does not show what was evicted, so nothing of it was merged: let it evict in a forward hook of the "
+        "layer's own attention, in compress, or when its context exits, or use it without merging"
     )
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from kvpress_merging.checks import check_int, check_number, rotated_keys_error, rotates_keys
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels.blend import cosine_blend
+from kvpress_merging.following.model import layer_index
+from kvpress_merging.kernels.blend import Blend, cosine_blend
 from kvpress_merging.kernels.nearest import KERNELS
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
@@ -108,8 +109,7 @@ class MergingPress(MergeOnEvictPress):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         elif name in ("max_merge_per_token", "tile_bytes"):
-            least = 0 if name == "max_merge_per_token" else 1
-            check_int(name, value, least)
+            check_int(name, value, min_value=0 if name == "max_merge_per_token" else 1)
         elif name == "kernel" and value not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {value!r}")
 
@@ -128,7 +128,55 @@ class MergingPress(MergeOnEvictPress):
         anew."""
         if self.merge_keys and eviction.keys_rewritten:
             raise rotated_keys_error(self.press)
-        blend = cosine_blend(
+        blend = self._blend(keys, values, kept_keys, kept_values, eviction)
+        self.report.record_merges(
+            layer_index(module),
+            eviction,
+            blend.similarity,
+            blend.weight,
+            blend.target,
+            keep_pairs=self.record_pairs,
+        )
+        return blend.keys, blend.values
+
+    def merge(
+        self, keys: torch.Tensor, values: torch.Tensor, indices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Blend what is about to be evicted into what is kept, as kvpress's own MergingPress does by this name.
+
+        Parameters
+        ----------
+        keys, values : torch.Tensor
+            One layer, shape ``(bsz, num_key_value_heads, k_len, head_dim)``. Not written to.
+        indices : torch.Tensor
+            Positions that will be kept, int64, shape ``(bsz, num_key_value_heads, n_kept)``, in any order.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            Keys and values of all positions, those at ``indices`` blended; the keys as they came unless ``merge_keys``.
+        """
+        key_index, value_index = (indices.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1]) for rows in (keys, values))
+        blend = self._blend(
+            keys,
+            values,
+            keys.gather(2, key_index),
+            values.gather(2, value_index),
+            Eviction.from_kept(indices, keys.shape[2]),
+        )
+        merged_keys = keys.scatter(2, key_index, blend.keys) if self.merge_keys else keys
+        return merged_keys, values.scatter(2, value_index, blend.values)
+
+    def _blend(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        kept_keys: torch.Tensor,
+        kept_values: torch.Tensor,
+        eviction: Eviction,
+    ) -> Blend:
+        return cosine_blend(
             keys,
             values,
             kept_keys,
@@ -142,12 +190,3 @@ class MergingPress(MergeOnEvictPress):
             tile_bytes=self.tile_bytes,
             kernel=self.kernel,
         )
-        self.report.record_merges(
-            int(module.layer_idx),  # type: ignore[arg-type]
-            eviction,
-            blend.similarity,
-            blend.weight,
-            blend.target,
-            keep_pairs=self.record_pairs,
-        )
-        return blend.keys, blend.values

@@ -41,22 +41,7 @@ def reference_positions(q_len: int, n_queries: int, device: torch.device) -> tor
     return (q_len * steps**power).long()
 
 
-def query_projection(module: nn.Module) -> nn.Module:
-    """
-    The part of an attention layer that makes its queries: ``q_proj`` or, as Phi3, ``qkv_proj``.
-
-    Raises
-    ------
-    TypeError
-        If the layer has neither.
-    """
-    for name in ("q_proj", "qkv_proj"):
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise TypeError(f"{type(module).__name__} has neither q_proj nor qkv_proj to make reference queries with")
-
-
-def prerope_queries(module: nn.Module, projected: torch.Tensor) -> torch.Tensor:
+def prerope_queries(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """
     Queries of a layer before RoPE, one per position and KV head.
 
@@ -68,15 +53,24 @@ def prerope_queries(module: nn.Module, projected: torch.Tensor) -> torch.Tensor:
     ----------
     module : nn.Module
         An attention layer; its ``q_norm``, as Qwen3 and Gemma3 have it, is applied.
-    projected : torch.Tensor
-        What its :func:`query_projection` made of its input at the chosen positions, shape ``(bsz, n, ...)``.
+    hidden_states : torch.Tensor
+        Its input at the chosen positions, shape ``(bsz, n, hidden_dim)``.
 
     Returns
     -------
     torch.Tensor
         float32, shape ``(bsz, num_key_value_heads, n, head_dim)``, times the layer's ``scaling``: their products with
         keys are attention logits.
+
+    Raises
+    ------
+    TypeError
+        If the layer makes its queries neither by ``q_proj`` nor, as Phi3, by ``qkv_proj``.
     """
+    projection = getattr(module, "q_proj", getattr(module, "qkv_proj", None))
+    if projection is None:
+        raise TypeError(f"{type(module).__name__} has neither q_proj nor qkv_proj to make reference queries with")
+    projected = projection(hidden_states)
     head_dim = int(module.head_dim)  # type: ignore[arg-type]
     bsz, n, n_channels = projected.shape
     n_groups = int(module.num_key_value_groups)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from kvpress import (
     CriticalAdaKVPress,
     CriticalKVPress,
     CURPress,
+    DecodingPress,
     DMSPress,
     DuoAttentionPress,
     EntropyGatedChunkKVPress,
@@ -126,6 +127,20 @@ PREFILL_PRESSES: dict[str, Callable[[], BasePress]] = {
     "tova": TOVAPress,
 }
 
+# The same of those that evict while decoding.
+DECODING_PRESSES: dict[str, Callable[[], BasePress]] = {
+    f"decoding_{name}": lambda make=make: DecodingPress(make())  # type: ignore[misc]
+    for name, make in (
+        ("adakv_expected_attention_e2", PREFILL_PRESSES["expected_attention"]),
+        ("adakv_snapkv", PREFILL_PRESSES["adakv_snapkv"]),
+        ("keydiff", KeyDiffPress),
+        ("knorm", KnormPress),
+        ("qfilter", QFilterPress),
+        ("streaming_llm", StreamingLLMPress),
+        ("tova", TOVAPress),
+    )
+}
+
 # Merged presses whose names do not come from the table above. kvpress has two of them already, around bare scorers: a
 # table of results must not mean two things by one name, so theirs is kept, and what the bare name means there goes by
 # another.
@@ -145,11 +160,11 @@ PRESS_REGISTRY = PressRegistry(
     {
         f"{prefix}_{name}": _wrapped(wrapper, make)
         for prefix, wrapper in (("matching", AttentionMatchingPress), ("merging", MergingPress))
-        for name, make in sorted((PREFILL_PRESSES | _NAMED_APART).items())
+        for name, make in sorted((PREFILL_PRESSES | DECODING_PRESSES | _NAMED_APART).items())
     }
 )
 """
-A :class:`PressRegistry` of the prefill presses of kvpress's evaluation that evict positions: ``merging_<name>`` wraps
+A :class:`PressRegistry` of the presses of kvpress's evaluation that evict positions: ``merging_<name>`` wraps
 the press that goes by ``<name>`` there in a MergingPress, ``matching_<name>`` in an AttentionMatchingPress.
 
 Each look-up makes a new press, with the settings that it has there. A KeyError for a name that is not in it.

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.layer_report import LayerReport, in_words
-from kvpress_merging.pairs import COLUMNS, Pairs
+from kvpress_merging.figures import COLUMNS, LayerFigures, Merges, in_words, pairs_to_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,10 +19,10 @@ if TYPE_CHECKING:
 
 class MergeReport:
     """
-    What a press merged, layer by layer, since each layer's last prefill.
+    What a press merged, layer by layer, of the sequence that each layer saw last.
 
-    Collecting costs no device synchronisation: the figures stay on the device (8 bytes per evicted position and head)
-    until one of the methods reads them.
+    Collecting costs next to nothing and no device synchronisation: what the kernels return anyway is kept, on the
+    device (16 bytes per evicted position and head for merging), and worked out when one of the methods reads it.
 
     Each layer's row has
 
@@ -35,7 +34,7 @@ class MergeReport:
       value and the one that stands for it, where the survivor takes in no other;
     - ``most_merges``: the largest number of positions that one survivor took in at one eviction.
 
-    Figures that are not defined, since nothing was merged, are None. A press that re-fits instead of merging adds
+    Figures that are not defined, since nothing was merged, are None. Matching adds
 
     - ``heads``, ``heads_fitted``: heads (times batch rows and evictions) that lost positions, and those of them that
       took the fit;
@@ -54,44 +53,24 @@ class MergeReport:
     ... )
     >>> model, cache = LlamaForCausalLM(config), DynamicCache()
     >>> press = MergingPress(KnormPress(0.5), record_pairs=True)
-    >>> press.report
-    0 layers, nothing evicted
     >>> with torch.no_grad(), press(model):
     ...     _ = model(torch.arange(40)[None], past_key_values=cache)
     >>> print(press.report)  # doctest: +ELLIPSIS
     2 layers: 80 positions evicted, ... merged (...) into 80 kept; mean similarity ...
-    >>> press.report.to_frame()["kept"].tolist()
-    [40, 40]
     >>> list(press.report.merges(layer_idx=1).columns)
     ['eviction', 'batch', 'head', 'evicted', 'survivor', 'similarity', 'weight']
     """
 
     def __init__(self) -> None:
-        self._layers: dict[int, LayerReport] = {}
+        self._layers: dict[int, LayerFigures] = {}
 
     def start(self, layer_idx: int) -> None:
-        """
-        Forget a layer: it is prefilled anew.
-
-        Parameters
-        ----------
-        layer_idx : int
-            The layer.
-        """
-        self._layers[layer_idx] = LayerReport()
+        """Forget the layer ``layer_idx``: it works on another sequence."""
+        self._layers[layer_idx] = LayerFigures()
 
     def record(self, layer_idx: int, eviction: Eviction) -> None:
-        """
-        Note an eviction, whatever becomes of what it evicted.
-
-        Parameters
-        ----------
-        layer_idx : int
-            The layer.
-        eviction : Eviction
-            What was evicted.
-        """
-        layer = self._layers.setdefault(layer_idx, LayerReport())
+        """Note an eviction from the layer ``layer_idx``, whatever becomes of what it evicted."""
+        layer = self._layers.setdefault(layer_idx, LayerFigures())
         layer.n_survivors = eviction.n_survivors
         layer.n_evicted += eviction.n_evicted
 
@@ -106,30 +85,15 @@ class MergeReport:
         keep_pairs: bool = False,
     ) -> None:
         """
-        Note what one eviction merged.
+        Note what one eviction merged: similarity, weight and target as ``cosine_blend`` returns them, which are kept.
 
-        Parameters
-        ----------
-        layer_idx : int
-            The layer.
-        eviction : Eviction
-            What was evicted.
-        similarity, weight : torch.Tensor
-            Per evicted position, float32, shape ``(bsz, num_key_value_heads, n_evicted)``; weight 0 where not merged.
-        target : torch.Tensor
-            Index into ``eviction.survivors``, int64, same shape.
-        keep_pairs : bool
-            Whether to keep what :meth:`merges` and :meth:`plot` tell: 16 bytes per evicted position and head.
+        ``keep_pairs`` keeps the eviction too, for :meth:`merges` and :meth:`plot`.
         """
-        # A head without survivors merges nothing, and its targets are all 0.
-        merges = torch.zeros(
-            *target.shape[:2], max(1, eviction.survivors.shape[-1]), dtype=torch.int64, device=target.device
-        )
-        merges.scatter_add_(-1, target, (weight > 0).long())
-        layer = self._layers.setdefault(layer_idx, LayerReport())
-        layer.add(similarity, weight, merges.amax())
+        layer = self._layers.setdefault(layer_idx, LayerFigures())
+        merges = Merges(similarity, weight, target, eviction.survivors.shape[-1])
+        layer.add_merges(merges)
         if keep_pairs:
-            layer.pairs.append(Pairs.of(eviction, similarity, weight, target))
+            layer.pairs.append((eviction, merges))
 
     def record_fit(
         self,
@@ -139,26 +103,13 @@ class MergeReport:
         error_before: torch.Tensor,
         error_after: torch.Tensor,
     ) -> None:
-        """
-        Note what one eviction's re-fit did.
-
-        Parameters
-        ----------
-        layer_idx : int
-            The layer.
-        eviction : Eviction
-            What was evicted.
-        is_fitted : torch.Tensor
-            Which heads took the fit, bool, shape ``(bsz, num_key_value_heads)``.
-        error_before, error_after : torch.Tensor
-            Relative squared errors of eviction and of the fit, float32, same shape.
-        """
-        layer = self._layers.setdefault(layer_idx, LayerReport())
-        layer.add_fits(eviction, torch.stack([is_fitted.float(), error_before, error_after]).flatten(1))
+        """Note what matching made of one eviction, as ``attention_match`` returns it."""
+        layer = self._layers.setdefault(layer_idx, LayerFigures())
+        layer.add_heads(eviction, (is_fitted, error_before, error_after))
 
     def to_dict(self) -> dict[int, dict[str, Any]]:
         """One dict of figures per layer, by layer index; see the class for their names."""
-        return {layer_idx: self._layers[layer_idx].summary() for layer_idx in sorted(self._layers)}
+        return {layer_idx: self._layers[layer_idx].read() for layer_idx in sorted(self._layers)}
 
     def to_frame(self) -> pd.DataFrame:
         """The same as a pandas DataFrame: one row per layer, indexed by ``layer``."""
@@ -195,7 +146,7 @@ class MergeReport:
         Raises
         ------
         ValueError
-            If the layer was not seen, its pairs were not recorded, or it was re-fitted, which knows no pairs.
+            If the layer was not seen, its pairs were not recorded, or it was matched, which knows no pairs.
         """
         import pandas as pd
 
@@ -203,9 +154,9 @@ class MergeReport:
         if layer is None:
             seen = ", ".join(map(str, sorted(self._layers))) or "none yet"
             raise ValueError(f"layer_idx must be a layer that the press has seen ({seen}), got {layer_idx!r}")
-        if layer.fits:
+        if layer.heads:
             raise ValueError(
-                "a re-fit moves all survivors of a head together, so there are no pairs to show: "
+                "matching moves all survivors of a head together, so there are no pairs to show: "
                 "plot_layers() and to_frame() tell what it did"
             )
         if layer.n_evicted and not layer.pairs:
@@ -213,7 +164,7 @@ class MergeReport:
                 f"the pairs of layer {layer_idx} were not recorded: make the press with record_pairs=True, "
                 "MergingPress(..., record_pairs=True), and prefill again"
             )
-        frames = [pairs.to_frame(number) for number, pairs in enumerate(layer.pairs)]
+        frames = [pairs_to_frame(number, *pairs) for number, pairs in enumerate(layer.pairs)]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
 
     def plot(
@@ -232,7 +183,7 @@ class MergeReport:
 
         An arc goes from each merged token to the survivor that took it in: its colour is the similarity, its width the
         weight. Bars say how much weight each survivor took in; survivors' tokens are bold, and a cross marks tokens
-        that were forgotten.
+        that were forgotten. Needs matplotlib.
 
         Parameters
         ----------
@@ -243,18 +194,10 @@ class MergeReport:
         layer_idx, head, batch : int
             Layer, KV head and batch row.
         start, stop : int
-            The first position to draw and the one after the last: by default the first 80, or the 80 that follow a
-            given start. Arcs that leave them are cut off.
-
-        Returns
-        -------
-        matplotlib.figure.Figure
-            The notebook shows it; ``figure.savefig("merges.png")`` writes it.
+            The first position to draw and the one after the last; at most 80 by default.
 
         Raises
         ------
-        ImportError
-            If matplotlib is missing.
         ValueError
             As :meth:`merges`; also if there is no such head, batch row or stretch of positions, or ``input_ids`` is
             shorter than what was prefilled.
@@ -265,18 +208,10 @@ class MergeReport:
 
     def plot_layers(self) -> Figure:
         """
-        Draw the figures of :meth:`to_frame`, layer by layer.
-
-        Returns
-        -------
-        matplotlib.figure.Figure
-            For a blend: how many evicted positions were merged, how similar they were, and the perturbation bound. For
-            a re-fit: how many heads took it, and the error of the attention output before and after.
+        Draw the figures of :meth:`to_frame`, layer by layer. Needs matplotlib.
 
         Raises
         ------
-        ImportError
-            If matplotlib is missing.
         ValueError
             If nothing was evicted.
         """

@@ -9,10 +9,13 @@ such as ``press.threshold``. ``PressWrapper`` answers these as the press inside 
 
 from __future__ import annotations
 
+import difflib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any
+from types import FrameType
+from typing import Any, get_args, get_type_hints
 
 from kvpress import BasePress, ScorerPress
 
@@ -52,8 +55,34 @@ def _stand_in(own: type, inner: type) -> type:
     return meta(own.__name__, (inner,), {name: getattr(own, name) for name in names})
 
 
+def _has(press: BasePress, name: str) -> bool:
+    """Whether there is such an attribute, without reading it: a property may raise what it likes."""
+    return name in vars(press) or hasattr(type(press), name)
+
+
 def _rebuild(cls: type, kwargs: dict[str, Any]) -> Any:
     return cls(**kwargs)
+
+
+def _refuse_to_be_a_scorer(press: PressWrapper, caller: FrameType) -> None:
+    """
+    Raise a TypeError where a press is being made around this one that takes scorers alone.
+
+    kvpress's presses check this when they are made, by a bare assertion about the class of what they were given.
+    """
+    outer = caller.f_locals.get("self") if caller.f_code.co_name in ("__init__", "__post_init__") else None
+    if not isinstance(outer, BasePress):
+        return
+    hints = get_type_hints(type(outer).__init__)
+    for name, value in vars(outer).items():
+        taken = get_args(hints.get(name)) or (hints.get(name),)
+        inner = press.press
+        if value is press and ScorerPress in taken and not any(type(inner) is kind for kind in taken):
+            own, around, inside = type(press).__name__, type(outer).__name__, type(inner).__name__
+            raise TypeError(
+                f"{around} asks a scorer for scores, and {own} has none to give: "
+                f"put {own} outermost, {own}({around}({inside}(...)))"
+            )
 
 
 @dataclass
@@ -63,7 +92,7 @@ class PressWrapper(BasePress):
 
     To ``isinstance`` such a press is of its own class and of the inner press's, except where the inner one is a
     ``ScorerPress``: other presses ask scorers for scores, and would then pass the wrapper by. Attributes that the
-    wrapper does not have are read from, and written to, the inner press.
+    inner press has and the wrapper has not are read from, and written to, the inner press.
 
     Parameters
     ----------
@@ -77,22 +106,37 @@ class PressWrapper(BasePress):
     def __class__(self) -> type:
         own = type(self)
         inner = self.__dict__.get("press")
-        if inner is None or isinstance(inner, ScorerPress):
+        if inner is None:
             return own
-        return _stand_in(own, type(inner))  # type: ignore[arg-type]
+        _refuse_to_be_a_scorer(self, sys._getframe(1))
+        return own if isinstance(inner, ScorerPress) else _stand_in(own, type(inner))  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
-        if (name.startswith("__") and name.endswith("__")) or "press" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(self.press, name)
+        if not name.startswith("__") and "press" in self.__dict__ and _has(self.press, name):
+            return getattr(self.press, name)
+        raise self._no_attribute(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in type(self).__dataclass_fields__:
             self._check_field(name, value)
         elif not hasattr(type(self), name):
+            if not _has(self.press, name):
+                raise self._no_attribute(name)
             setattr(self.press, name, value)
             return
         object.__setattr__(self, name, value)
+
+    def _no_attribute(self, name: str) -> AttributeError:
+        own, inner = type(self), self.__dict__.get("press")
+        names = {*own.__dataclass_fields__, *dir(own), *(() if inner is None else dir(inner))}
+        near = difflib.get_close_matches(name, [other for other in names if not other.startswith("_")], n=1)
+        return AttributeError(
+            f"{own.__name__} has no attribute {name!r}"
+            + (f", and neither has the {type(inner).__name__} inside it" if inner is not None else "")
+            + (f"; did you mean {near[0]!r}?" if near else "")
+            + "; what a merge rule keeps for itself is declared as a field of its dataclass, "
+            "field(init=False, repr=False, compare=False, default_factory=...)"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), {f.name: getattr(self, f.name) for f in fields(type(self)) if f.init})
@@ -108,10 +152,12 @@ class PressWrapper(BasePress):
     def compression_ratio(self) -> float:
         """The inner press's, read and written through; what it raises where it is read-only or not known yet is
         raised."""
-        return self.press.compression_ratio  # type: ignore[attr-defined]
+        return self.__getattr__("compression_ratio")
 
     @compression_ratio.setter
     def compression_ratio(self, value: float) -> None:
+        if not _has(self.press, "compression_ratio"):
+            raise self._no_attribute("compression_ratio")
         self.press.compression_ratio = value  # type: ignore[attr-defined]
 
     def score(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,5 +172,5 @@ class PressWrapper(BasePress):
         inner, own = type(self.press).__name__, type(self).__name__
         raise TypeError(
             f"{own} has no scores to give to the press around it, which would evict without merging: "
-            f"wrap that press instead, {own}(OuterPress({inner}(...)))"
+            f"put {own} outermost, {own}(OuterPress({inner}(...)))"
         )

@@ -3,9 +3,8 @@
 """
 One cache layer while a press works on it: what it held before, what the press left, and how to write the merge back.
 
-``OpenLayer.open`` puts traced tensors where the press reads. Exactly one of ``commit`` and ``restore`` ends that: the
-first leaves what the press did, with new values (and keys) where they are given; the second puts the layer back as it
-was.
+``open`` puts traced tensors where the press reads. ``commit`` ends that and leaves what the press did, with new values
+(and keys) where they are given; to put a layer back as it was, take an ``undo.Snapshot`` of it before it is opened.
 """
 
 from __future__ import annotations
@@ -16,10 +15,16 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, QuantizedLayer, StaticLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    QuantizedLayer,
+    StaticLayer,
+)
 
-from kvpress_merging.tracing import (
-    Trace,
+from kvpress_merging.following.tracing import (
+    Origin,
     TracedTensor,
     has_foreign_rows,
     is_traced,
@@ -31,7 +36,7 @@ from kvpress_merging.tracing import (
 
 
 @dataclass
-class Left:
+class CompressedLayer:
     """
     What a press left of one layer.
 
@@ -59,32 +64,38 @@ def is_followed(layer: CacheLayerMixin) -> bool:
     """
     Whether evictions from this kind of cache layer can be merged.
 
-    Sliding-window layers are left to the bare press: they forget by themselves.
-
     Raises
     ------
     ValueError
         For a static layer, which a press cannot shrink: kvpress would evict from its unwritten tail as well.
     """
-    if getattr(layer, "is_sliding", False):
-        return False
     if isinstance(layer, StaticLayer):
         raise ValueError(
             f"a {type(layer).__name__} has a fixed length, which no press can shrink: "
             "use a DynamicCache or a QuantizedCache"
         )
-    return True
+    return isinstance(layer, DynamicLayer)
 
 
-def layer_length(layer: CacheLayerMixin) -> int:
-    """Number of positions that a cache layer holds, read without a device synchronisation."""
+def tokens_seen(layer: CacheLayerMixin) -> int:
+    """
+    Number of tokens that a cache layer stands for, read without a device synchronisation.
+
+    A sliding-window layer counts all that it ever saw, every other one those that it holds.
+    """
     return int(layer.get_seq_length())
 
 
-def layer_of(cache: Cache, layer_idx: int) -> OpenLayer:
-    """What follows a press on one layer of ``cache``, not open yet: what opens it can always put it back."""
-    layer = cache.layers[layer_idx]
-    return OpenQuantizedLayer(layer) if isinstance(layer, QuantizedLayer) else OpenDynamicLayer(cache, layer_idx)
+def layer_length(layer: Any) -> int:
+    """Number of positions that a cache layer holds, read without a device synchronisation."""
+    is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
+    return int(layer.keys.shape[2]) if is_sliding else tokens_seen(layer)
+
+
+def open_layer(cache: Cache, layer_idx: int) -> OpenLayer:
+    """What follows a press on one layer of ``cache``, not open yet."""
+    is_quantized = isinstance(cache.layers[layer_idx], QuantizedLayer)
+    return (OpenQuantizedLayer if is_quantized else OpenDynamicLayer)(cache, layer_idx)
 
 
 class OpenLayer:
@@ -92,6 +103,8 @@ class OpenLayer:
 
     traced_keys: TracedTensor
     traced_values: TracedTensor
+    parts: tuple[Any, ...] = ()
+    """The objects whose attributes say what the layer holds."""
     is_closed: bool = False
 
     def open(self) -> None:
@@ -104,19 +117,24 @@ class OpenLayer:
             self.is_closed = True
 
     @property
-    def traces(self) -> tuple[Trace, Trace]:
+    def origins(self) -> tuple[Origin, ...]:
         """What is known of the keys' and of the values' source."""
-        return self.traced_keys._trace, self.traced_values._trace
+        return self.traced_keys._origin, self.traced_values._origin
+
+    def undo_writes(self) -> None:
+        """Undo what the press wrote into the layer's tensors."""
+        for origin in self.origins:
+            origin.undo_writes()
 
     def before(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as they were before the press, plain."""
-        return self.traced_keys._trace.original, self.traced_values._trace.original
+        return self.traced_keys._origin.original, self.traced_values._origin.original
 
     def lengths(self) -> tuple[int, int]:
         """Positions before the press, and slots that it left."""
         raise NotImplementedError
 
-    def left(self) -> Left:
+    def compressed(self) -> CompressedLayer:
         """What the press left."""
         raise NotImplementedError
 
@@ -124,16 +142,12 @@ class OpenLayer:
         """Leave what the press did, with these keys and values in place of its own where they are given."""
         raise NotImplementedError
 
-    def restore(self) -> None:
-        """Put the layer back as it was before the press."""
-        raise NotImplementedError
-
-    def _describe(self, keys: torch.Tensor, values: torch.Tensor) -> Left:
-        keys_rewritten = self.traced_keys._trace.is_modified or (keys is not self.traced_keys and not is_traced(keys))
+    def _describe(self, keys: torch.Tensor, values: torch.Tensor) -> CompressedLayer:
+        keys_rewritten = self.traced_keys._origin.is_modified or (keys is not self.traced_keys and not is_traced(keys))
         positions = positions_of(values)
         if positions is not None:
             positions = positions.to(values.device)
-        return Left(plain(keys), plain(values), positions, keys_rewritten, has_foreign_rows(values))
+        return CompressedLayer(plain(keys), plain(values), positions, keys_rewritten, has_foreign_rows(values))
 
 
 class OpenTensors(OpenLayer):
@@ -146,17 +160,12 @@ class OpenTensors(OpenLayer):
     def lengths(self) -> tuple[int, int]:
         return self.traced_values.shape[2], self.result[1].shape[2]
 
-    def left(self) -> Left:
+    def compressed(self) -> CompressedLayer:
         return self._describe(*self.result)
 
     def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
-        left_keys, left_values = (plain(tensor) for tensor in self.result)
-        self.result = (left_keys if keys is None else keys, left_values if values is None else values)
-
-    def restore(self) -> None:
-        for part in self.traces:
-            part.restore()
-        self.result = (self.traces[0].source, self.traces[1].source)
+        result_keys, result_values = (plain(tensor) for tensor in self.result)
+        self.result = (result_keys if keys is None else keys, result_values if values is None else values)
 
 
 class OpenDynamicLayer(OpenLayer):
@@ -165,7 +174,7 @@ class OpenDynamicLayer(OpenLayer):
     def __init__(self, cache: Cache, layer_idx: int):
         self.layers, self.layer_idx = cache.layers, layer_idx
         layer: Any = self.layers[layer_idx]
-        self.layer = layer
+        self.layer, self.parts = layer, (cache, layer)
         self.traced_keys, self.traced_values = trace(plain(layer.keys)), trace(plain(layer.values))
 
     def open(self) -> None:
@@ -179,25 +188,19 @@ class OpenDynamicLayer(OpenLayer):
     def lengths(self) -> tuple[int, int]:
         return self.traced_values.shape[2], self.written.values.shape[2]
 
-    def left(self) -> Left:
+    def compressed(self) -> CompressedLayer:
         return self._describe(self.written.keys, self.written.values)
 
     def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
         layer = self.written
-        left = [
-            part.source if written is traced else plain(written)
-            for part, traced, written in zip(
-                self.traces, (self.traced_keys, self.traced_values), (layer.keys, layer.values)
+        written = [
+            origin.tensor if tensor is traced else plain(tensor)
+            for origin, traced, tensor in zip(
+                self.origins, (self.traced_keys, self.traced_values), (layer.keys, layer.values)
             )
         ]
-        layer.keys = left[0] if keys is None else keys
-        layer.values = left[1] if values is None else values
-
-    def restore(self) -> None:
-        for part in self.traces:
-            part.restore()
-        self.layer.keys, self.layer.values = (part.source for part in self.traces)
-        self.layers[self.layer_idx] = self.layer
+        layer.keys = written[0] if keys is None else keys
+        layer.values = written[1] if values is None else values
 
 
 @dataclass
@@ -213,16 +216,16 @@ class OpenQuantizedLayer(OpenLayer):
     A layer that keeps its older keys and values quantized and the most recent ones, its residual, as they are.
 
     The press sees what it sees without us: the dequantized part. What it quantizes waits until the merge is known, so
-    that each tensor is quantized once, and only if it has to be. The residual is not shown to the
-    press, as in kvpress, but where kvpress drops it we keep it: its tokens stay behind the survivors, and may be
-    merged into.
+    that each tensor is quantized once, and only if it has to be. The residual is not shown to the press, as in kvpress,
+    but where kvpress drops it we keep it: its tokens stay behind the survivors, and may be merged into.
     """
 
-    def __init__(self, layer: Any):
-        self.layer = layer
+    def __init__(self, cache: Cache, layer_idx: int):
+        layer: Any = cache.layers[layer_idx]
+        self.layer, self.parts = layer, (layer,)
         self.stored = (layer._quantized_keys, layer._quantized_values)
         self.residual = (layer.keys, layer.values)
-        self.cumulative_length = layer.cumulative_length
+        self.k_len = layer.cumulative_length
         self.n_residual = layer.keys.shape[2] if layer.keys.dim() == 4 else 0
 
     def open(self) -> None:
@@ -236,6 +239,9 @@ class OpenQuantizedLayer(OpenLayer):
     @cached_property
     def traced_values(self) -> TracedTensor:  # type: ignore[override]
         return trace(type(self.layer)._dequantize(self.layer, self.stored[1]))
+
+    def undo_writes(self) -> None:
+        """Nothing to undo: the press was given copies."""
 
     def _dequantize(self, stored: Any) -> torch.Tensor:
         if stored is self.stored[0]:
@@ -256,24 +262,32 @@ class OpenQuantizedLayer(OpenLayer):
     def lengths(self) -> tuple[int, int]:
         written = self.layer._quantized_values
         if not isinstance(written, _Unquantized):
-            return self.cumulative_length, self.cumulative_length
-        return self.cumulative_length, written.tensor.shape[2] + self.n_residual
+            return self.k_len, self.k_len
+        return self.k_len, written.tensor.shape[2] + self.n_residual
 
-    def left(self) -> Left:
-        keys, values = self._written()
-        left = self._describe(keys, values)
-        left.keys, left.values = self._with_residual(left.keys, 0), self._with_residual(left.values, 1)
-        if self.n_residual and left.positions is not None:
-            n_quantized = self.cumulative_length - self.n_residual
-            recent = torch.arange(n_quantized, self.cumulative_length, device=left.positions.device)
-            recent = recent.expand(*left.positions.shape[:2], self.n_residual)
-            left.positions = torch.cat([left.positions, recent], dim=-1)
-        return left
+    def compressed(self) -> CompressedLayer:
+        compressed = self._describe(
+            *(
+                stored.tensor if isinstance(stored, _Unquantized) else traced
+                for stored, traced in (
+                    (self.layer._quantized_keys, self.traced_keys),
+                    (self.layer._quantized_values, self.traced_values),
+                )
+            )
+        )
+        compressed.keys = self._with_residual(compressed.keys, 0)
+        compressed.values = self._with_residual(compressed.values, 1)
+        if self.n_residual and (positions := compressed.positions) is not None:
+            recent = torch.arange(self.k_len - self.n_residual, self.k_len, device=positions.device)
+            recent = recent.expand(*positions.shape[:2], self.n_residual)
+            compressed.positions = torch.cat([positions, recent], dim=-1)
+        return compressed
 
     def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
         layer = self.layer
         n_stored = self.lengths()[1] - self.n_residual
-        self._close()
+        for name in ("_dequantize", "_quantize"):
+            vars(layer).pop(name, None)
         stored, residual = list(self.stored), list(self.residual)
         for which, new in enumerate((keys, values)):
             written = (layer._quantized_keys, layer._quantized_values)[which]
@@ -282,8 +296,8 @@ class OpenQuantizedLayer(OpenLayer):
                     residual[which] = new[:, :, n_stored:]
                 new = new[:, :, :n_stored]
             elif isinstance(written, _Unquantized):
-                root = (self.traced_keys, self.traced_values)[which]
-                if written.tensor is root and not root._trace.is_modified:
+                traced = (self.traced_keys, self.traced_values)[which]
+                if written.tensor is traced and not traced._origin.is_modified:
                     continue  # nothing to write: quantizing again would only lose precision
                 new = plain(written.tensor)
             else:
@@ -294,23 +308,5 @@ class OpenQuantizedLayer(OpenLayer):
         layer.keys, layer.values = residual
         layer.cumulative_length = n_stored + self.n_residual
 
-    def restore(self) -> None:
-        self._close()
-        self.layer._quantized_keys, self.layer._quantized_values = self.stored
-        self.layer.keys, self.layer.values = self.residual
-        self.layer.cumulative_length = self.cumulative_length
-
     def _with_residual(self, tensor: torch.Tensor, which: int) -> torch.Tensor:
         return torch.cat([tensor, self.residual[which]], dim=2) if self.n_residual else tensor
-
-    def _written(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What now stands for the quantized part, traced where it can be followed."""
-        keys, values = self.layer._quantized_keys, self.layer._quantized_values
-        return (
-            keys.tensor if isinstance(keys, _Unquantized) else self.traced_keys,
-            values.tensor if isinstance(values, _Unquantized) else self.traced_values,
-        )
-
-    def _close(self) -> None:
-        for name in ("_dequantize", "_quantize"):
-            vars(self.layer).pop(name, None)

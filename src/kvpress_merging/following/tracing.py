@@ -33,30 +33,30 @@ _JOINING = {"cat", "concat", "concatenate", "stack"}
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-class Trace:
-    """What all tensors that stem from one traced tensor have in common."""
+class Origin:
+    """The cache tensor that traced tensors stem from, and what was done to it."""
 
-    def __init__(self, source: torch.Tensor):
-        self.source = source
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
         self.is_lost = False
         self.is_modified = False
         self._original: torch.Tensor | None = None
 
     @property
     def original(self) -> torch.Tensor:
-        """The source as it was before the press wrote into it."""
-        return self.source if self._original is None else self._original
+        """The tensor as it was before the press wrote into it."""
+        return self.tensor if self._original is None else self._original
 
     def keep_original(self, written: torch.Tensor) -> None:
-        """Save the source before the first in-place write that reaches its storage."""
+        """Save the tensor before the first in-place write that reaches its storage."""
         self.is_modified = True
-        if self._original is None and written.untyped_storage()._cdata == self.source.untyped_storage()._cdata:
-            self._original = self.source.clone()
+        if self._original is None and written.untyped_storage()._cdata == self.tensor.untyped_storage()._cdata:
+            self._original = self.tensor.clone()
 
-    def restore(self) -> None:
-        """Undo what the press wrote into the source."""
+    def undo_writes(self) -> None:
+        """Undo what the press wrote into the tensor."""
         if self._original is not None:
-            self.source.copy_(self._original)
+            self.tensor.copy_(self._original)
 
 
 class TracedTensor(torch.Tensor):
@@ -68,7 +68,7 @@ class TracedTensor(torch.Tensor):
     press may change later.
     """
 
-    _trace: Trace
+    _origin: Origin
     _rows: Callable[[], torch.Tensor]
     _has_foreign_rows: bool = False
     _is_whole: bool = False  # holds all positions, in order
@@ -100,7 +100,7 @@ def trace(tensor: torch.Tensor) -> TracedTensor:
         positions = torch.arange(k_len, device=tensor.device).view(1, 1, k_len, 1)
         return positions.expand(bsz, num_key_value_heads, k_len, 1)
 
-    traced = _traced(tensor, Trace(tensor), identity)
+    traced = _traced(tensor, Origin(tensor), identity)
     traced._is_whole = True
     return traced
 
@@ -117,7 +117,7 @@ def with_rows_of(tensor: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 def is_traced(tensor: torch.Tensor) -> TypeGuard[TracedTensor]:
     """Whether the positions that ``tensor`` holds are known."""
-    return isinstance(tensor, TracedTensor) and not tensor._trace.is_lost
+    return isinstance(tensor, TracedTensor) and not tensor._origin.is_lost
 
 
 def positions_of(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -136,9 +136,9 @@ def has_foreign_rows(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, TracedTensor) and tensor._has_foreign_rows
 
 
-def _traced(tensor: torch.Tensor, origin: Trace, rows: Callable[[], torch.Tensor]) -> TracedTensor:
+def _traced(tensor: torch.Tensor, origin: Origin, rows: Callable[[], torch.Tensor]) -> TracedTensor:
     out = tensor.as_subclass(TracedTensor)
-    out._trace = origin
+    out._origin = origin
     out._rows = rows
     return out
 
@@ -155,7 +155,7 @@ def _before_write(name: str, args: tuple, kwargs: dict) -> None:
     target = args[0] if args else None
     if not isinstance(target, TracedTensor):
         return
-    target._trace.keep_original(target)
+    target._origin.keep_original(target)
     if name not in _MOVING:
         return
     if name == "scatter_" and len(args) > 1 and args[1] in (-1, target.dim() - 1):
@@ -163,7 +163,7 @@ def _before_write(name: str, args: tuple, kwargs: dict) -> None:
     value = kwargs.get("value", args[-1])
     is_scalar = not isinstance(value, torch.Tensor) or value.dim() == 0
     if not (name in ("__setitem__", "index_fill_", "scatter_", "index_put_") and is_scalar):
-        target._trace.is_lost = True
+        target._origin.is_lost = True
 
 
 def _follow(name: str, func: Callable, args: tuple, kwargs: dict, out: Any) -> Any:
@@ -274,7 +274,7 @@ def _follow_join(func: Callable, args: tuple, kwargs: dict, out: torch.Tensor) -
     traced = [tensor for tensor in tensors if isinstance(tensor, TracedTensor)]
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     is_stack = getattr(func, "__name__", "") == "stack"
-    if not traced or dim in (-1, out.dim() - 1) or any(t._trace is not traced[0]._trace for t in traced):
+    if not traced or dim in (-1, out.dim() - 1) or any(t._origin is not traced[0]._origin for t in traced):
         return _to_plain(out)
     if is_stack and len(traced) != len(tensors):
         return _to_plain(out)
@@ -292,7 +292,7 @@ def _follow_join(func: Callable, args: tuple, kwargs: dict, out: torch.Tensor) -
 
 
 def _child(source: TracedTensor, out: torch.Tensor, rows: Callable[[], torch.Tensor]) -> TracedTensor:
-    child = _traced(out, source._trace, rows)
+    child = _traced(out, source._origin, rows)
     child._has_foreign_rows = source._has_foreign_rows
     return child
 

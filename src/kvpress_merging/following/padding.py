@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import ref
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Padding:
@@ -20,11 +20,11 @@ class Padding:
     """
 
     def __init__(self) -> None:
-        self._mask: ref[torch.Tensor] | None = None
-        self._is_padding: torch.Tensor | None = None
-        self._tokens: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+        # By mask, and by what is padding: layers with a sliding window have another mask than those without.
+        self._is_padding = WeakTensorKeyDictionary()
+        self._tokens = WeakTensorKeyDictionary()
 
-    def find(self, attention_mask: Any, bsz: int, k_len: int) -> torch.Tensor | None:
+    def find(self, attention_mask: Any, bsz: int, k_len: int, window: int | None = None) -> torch.Tensor | None:
         """
         The positions that what comes after the context must not see.
 
@@ -36,6 +36,8 @@ class Padding:
             tells.
         bsz, k_len : int
             Batch rows and positions.
+        window : int, optional
+            How far back the layer's tokens see. What lies further back than that is no padding for it.
 
         Returns
         -------
@@ -56,10 +58,9 @@ class Padding:
                 f"an attention mask of type {type(attention_mask).__name__} does not tell which positions of a batch "
                 "are padding, which must not be merged: use sdpa, eager or flash attention, or prefill one by one"
             )
-        if self._mask is None or self._mask() is not attention_mask:
-            self._is_padding = _unseen(attention_mask, bsz, k_len)
-            self._mask = ref(attention_mask)
-        return self._is_padding
+        if attention_mask not in self._is_padding:
+            self._is_padding[attention_mask] = _find_unseen(attention_mask, bsz, k_len, window)
+        return self._is_padding[attention_mask]
 
     def tokens(self, is_padding: torch.Tensor) -> list[torch.Tensor]:
         """
@@ -75,20 +76,24 @@ class Padding:
         list of torch.Tensor
             Of each row, int64, ascending; all positions of a row that has nothing but padding.
         """
-        if self._tokens is None or self._tokens[0] is not is_padding:
-            # A row with nothing to fit: any position will do.
+        if is_padding not in self._tokens:
+            # A row with nothing to match: any position will do.
             is_token = ~is_padding | is_padding.all(dim=1, keepdim=True)
-            self._tokens = is_padding, [row.nonzero().squeeze(1) for row in is_token]
-        return self._tokens[1]
+            self._tokens[is_padding] = [row.nonzero().squeeze(1) for row in is_token]
+        return self._tokens[is_padding]
 
 
-def _unseen(mask: torch.Tensor, bsz: int, k_len: int) -> torch.Tensor | None:
+def _find_unseen(mask: torch.Tensor, bsz: int, k_len: int, window: int | None) -> torch.Tensor | None:
     if mask.dim() == 2:
         is_unseen = mask[:, :k_len] == 0
-    elif mask.dtype == torch.bool:
-        is_unseen = ~mask[:, :, -1, :k_len].any(dim=1)
     else:
-        is_unseen = (mask[:, :, -1, :k_len] <= torch.finfo(mask.dtype).min / 2).all(dim=1)
+        # Every token sees itself; the last one sees all the others too, unless they are outside its window.
+        is_square = mask.shape[2] == mask.shape[3]
+        seen = mask.diagonal(dim1=2, dim2=3) if window is not None and is_square else mask[:, :, -1]
+        is_seen = seen if mask.dtype == torch.bool else seen > torch.finfo(mask.dtype).min / 2
+        is_unseen = ~is_seen[:, :, :k_len].any(dim=1)
+        if window is not None and not is_square:
+            is_unseen[:, :-window] = False
     if is_unseen.is_meta or not is_unseen.any():  # a meta tensor cannot be read
         return None
     return is_unseen.expand(bsz, -1)

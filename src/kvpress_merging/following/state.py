@@ -1,0 +1,188 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is remembered of one attention layer of one cache between forward passes, and the eviction that follows."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvpress_merging.eviction import Eviction, masked_positions
+from kvpress_merging.following.cache import CompressedLayer, layer_length, tokens_seen
+from kvpress_merging.following.model import layer_index
+from kvpress_merging.following.padding import Padding
+
+Masks: TypeAlias = tuple[torch.Tensor, ...]
+"""Batch rows, heads and positions of what is masked."""
+
+
+def masks_on(module: nn.Module) -> Masks | None:
+    """What ``module.masked_key_indices`` says now: a press may write into the list."""
+    masks = getattr(module, "masked_key_indices", None)
+    return None if masks is None else tuple(masks)
+
+
+def is_same(masks: Masks | None, others: Masks | None) -> bool:
+    """Whether these are the very same tensors, so that nothing was masked in between."""
+    if masks is None or others is None:
+        return masks is others
+    return len(masks) == len(others) and all(map(operator.is_, masks, others))
+
+
+@dataclass
+class LayerState:
+    """
+    What is remembered of one attention layer as long as it works on one cache, from prefill to prefill.
+
+    Parameters
+    ----------
+    cache : weakref.ref, optional
+        The cache; None where a press handed keys and values on without saying whose they are.
+    context_length : int
+        Tokens that the cache stood for when it was first seen, before any eviction.
+    k_len : int
+        Positions in the cache after the last forward pass that was seen.
+    n_forgotten : int
+        Tokens that are in the cache no more, since the layer has a sliding window.
+    is_padding : torch.Tensor, optional
+        Tokens of the context that are padding, bool, shape ``(bsz, context_length)``; None if none is.
+    masked : torch.Tensor, optional
+        Positions that were ever masked, bool, shape ``(bsz, num_key_value_heads or 1, k_len at that time)``; None if
+        none was. Attention overwrites their keys, so they never take anything in. Padding is masked from the start.
+    stale_masks : tuple of torch.Tensor, optional
+        What ``module.masked_key_indices`` says of an earlier cache. kvpress's attention functions forget it when they
+        prefill, but not the model's own eager one.
+    """
+
+    cache: ref[Cache] | None
+    context_length: int
+    k_len: int
+    n_forgotten: int = 0
+    is_padding: torch.Tensor | None = None
+    masked: torch.Tensor | None = None
+    stale_masks: Masks | None = None
+
+    def masks_on(self, module: nn.Module) -> Masks | None:
+        """What ``module.masked_key_indices`` says of this cache."""
+        masks = masks_on(module)
+        return None if is_same(masks, self.stale_masks) else masks
+
+    def look_at(self, layer: Any) -> None:
+        """Note how long the layer is, and that a sliding window has moved on."""
+        self.k_len = layer_length(layer)
+        n_forgotten = tokens_seen(layer) - self.k_len
+        if self.masked is not None and n_forgotten > self.n_forgotten:
+            self.masked = self.masked[..., n_forgotten - self.n_forgotten :]
+        self.n_forgotten = n_forgotten
+
+    def find_eviction(
+        self,
+        compressed: CompressedLayer,
+        k_len: int,
+        masks_before: Masks | None,
+        masks_after: Masks | None,
+        limit: int | None,
+    ) -> Eviction:
+        """
+        What a press evicted now, and note what it masked.
+
+        Parameters
+        ----------
+        compressed : CompressedLayer
+            What it left of the layer.
+        k_len : int
+            Positions before it.
+        masks_before, masks_after : tuple of three torch.Tensor, or None
+            What was masked before, and what is masked since.
+        limit : int or None
+            Positions from here on are neither evicted nor survivors.
+        """
+        bsz, num_key_value_heads, n_slots, _ = compressed.values.shape
+        positions, keys_rewritten = compressed.positions, compressed.keys_rewritten
+        has_masks = masks_after is not None or self.masked is not None
+        if not has_masks and not compressed.has_foreign_rows and (limit is None or limit >= k_len):
+            assert positions is not None
+            return replace(Eviction.from_kept(positions, k_len), keys_rewritten=keys_rewritten)
+
+        device = compressed.values.device
+        shape = (bsz, num_key_value_heads, k_len)
+        masked_earlier = masked_positions(masks_before, shape, device)
+        if self.masked is not None:
+            n_known = min(self.masked.shape[-1], k_len)
+            masked_earlier[..., :n_known] |= self.masked[..., :n_known]
+        slots_masked = masked_positions(masks_after, (bsz, num_key_value_heads, n_slots), device)
+
+        slot_of = None
+        if n_slots < k_len:
+            assert positions is not None
+            # One column more for slots that hold no position of the cache.
+            column = torch.where(positions >= 0, positions, k_len)
+            slots = torch.arange(n_slots, device=device).expand_as(column)
+            scratch = torch.zeros(bsz, num_key_value_heads, k_len + 1, dtype=torch.int64, device=device)
+            slot_of = scratch.scatter(-1, column, slots)[..., :k_len]
+            is_kept = scratch.bool().scatter(-1, column, True)[..., :k_len]
+            masked_now = scratch.bool().scatter(-1, column, slots_masked)[..., :k_len]
+            self.masked = torch.cat([masked_earlier | masked_now, scratch[..., :1].bool()], dim=-1).gather(-1, column)
+        else:
+            is_kept = torch.ones(shape, dtype=torch.bool, device=device)
+            masked_now = slots_masked[..., :k_len]
+            self.masked = masked_earlier | masked_now
+
+        is_context = torch.arange(k_len, device=device) < (k_len if limit is None else limit)
+        is_survivor = is_kept & ~masked_now & ~masked_earlier & is_context
+        is_evicted = ~(is_kept & ~masked_now) & ~masked_earlier & is_context
+        return replace(Eviction.from_masks(is_survivor, is_evicted, slot_of), keys_rewritten=keys_rewritten)
+
+
+class Memory:
+    """What one press remembers of the layers that it has seen, and of the padding of their batches."""
+
+    def __init__(self) -> None:
+        self.states: WeakKeyDictionary[nn.Module, LayerState] = WeakKeyDictionary()
+        self.padding = Padding()
+        self.has_warned = False
+
+    def state_of(self, module: nn.Module, cache: Cache | None) -> LayerState | None:
+        """What is remembered of the layer, if it is of this cache."""
+        state = self.states.get(module)
+        if state is None or (state.cache is None) != (cache is None):
+            return None
+        return state if state.cache is None or state.cache() is cache else None
+
+    def start(self, module: nn.Module, kwargs: dict[str, Any], bsz: int, k_len: int | None = None) -> LayerState:
+        """
+        Remember a layer anew: it works on another cache, or is prefilled.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The attention layer.
+        kwargs : dict
+            Keyword arguments of its forward pass.
+        bsz : int
+            Batch rows.
+        k_len : int, optional
+            Positions in the layer; by default those that the cache has.
+        """
+        cache = kwargs.get("past_key_values")
+        state = LayerState(None if cache is None else ref(cache), k_len or 0, k_len or 0)
+        if k_len is None:
+            layer = cache.layers[layer_index(module)]  # type: ignore[union-attr]
+            state.context_length = tokens_seen(layer)
+            state.look_at(layer)
+        config: Any = getattr(module, "config", None)
+        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+        state.is_padding = self.padding.find(kwargs.get("attention_mask"), bsz, state.context_length, window)
+        if state.is_padding is not None:
+            state.masked = state.is_padding[:, None, -state.k_len :]
+        if getattr(config, "_attn_implementation", "sdpa") not in ALL_ATTENTION_FUNCTIONS:
+            state.stale_masks = masks_on(module)
+        self.states[module] = state
+        return state

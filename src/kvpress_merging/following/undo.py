@@ -1,0 +1,67 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a press may change, as it is now, to be put back should something fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import copy
+from typing import Any
+
+from torch import nn
+
+from kvpress_merging.following.cache import OpenLayer
+
+
+class Snapshot:
+    """
+    The attributes of some objects and the content of some cache layers.
+
+    Parameters
+    ----------
+    *objects : object
+        Presses, modules of a model or whatever else has attributes. The items of lists and dicts among these are kept
+        too, and which of a module's parameters require a gradient.
+    layers : iterable of OpenLayer
+        Cache layers, not open yet: what a press writes into their tensors is undone too.
+    """
+
+    def __init__(self, *objects: Any, layers: Iterable[OpenLayer] = ()):
+        self.layers = list(layers)
+        kept = [*objects, *(part for layer in self.layers for part in layer.parts)]
+        self.attributes = [
+            (item, {name: (value, _items_of(value)) for name, value in vars(item).items()}) for item in kept
+        ]
+        self.requires_grad = [
+            (parameter, parameter.requires_grad)
+            for module in objects
+            if isinstance(module, nn.Module)
+            for parameter in module._parameters.values()
+            if parameter is not None
+        ]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for layer in self.layers:
+            layer.undo_writes()
+        for item, attributes in self.attributes:
+            for value, items in attributes.values():
+                if isinstance(value, list):
+                    value[:] = items
+                elif isinstance(value, dict):
+                    _refill(value, items)
+            _refill(vars(item), {name: value for name, (value, _) in attributes.items()})
+        for parameter, requires_grad in self.requires_grad:
+            parameter.requires_grad_(requires_grad)
+
+
+def _items_of(value: Any) -> Any:
+    return copy(value) if isinstance(value, (list, dict)) else None
+
+
+def _refill(changed: dict[Any, Any], items: dict[Any, Any]) -> None:
+    """Make ``changed`` hold these items in this order; not touched where it does, since others may be reading it."""
+    is_same = list(changed) == list(items) and all(changed[name] is value for name, value in items.items())
+    if not is_same:
+        changed.clear()
+        changed.update(items)

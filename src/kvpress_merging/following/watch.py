@@ -1,0 +1,303 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""One press at work on one model: what it evicts is seen, and merged before it is gone."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from kvpress import BasePress
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from kvpress_merging.checks import evicted_elsewhere, not_followed, refuse_what_the_press_gets_wrong
+from kvpress_merging.following.cache import OpenLayer, OpenTensors, is_followed, layer_length, open_layer, tokens_seen
+from kvpress_merging.following.model import EnteredModel, attention_modules, layer_index, uncompiled, wrap_hook
+from kvpress_merging.following.state import LayerState, Masks, Memory, is_same, masks_on
+from kvpress_merging.following.undo import Snapshot
+from kvpress_merging.wrapping import nested_presses
+
+Tensors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class Watch:
+    """
+    Follows what a press does to each layer of a model.
+
+    Parameters
+    ----------
+    press : BasePress
+        The press.
+    memory : Memory
+        What is remembered of the layers.
+    start, observe, merge : callable
+        What is done where a layer starts anew, with its index; at each forward pass, as
+        :meth:`kvpress_merging.MergeOnEvictPress.observe`; and with each eviction, as its ``fold``.
+    """
+
+    press: BasePress
+    memory: Memory
+    start: Callable[[int], None]
+    observe: Callable[[nn.Module, dict[str, Any], bool], None]
+    merge: Callable[..., Tensors]
+    # The attention layers that the press has hooks on; all where it has none, and what it does comes later.
+    hooked: set[nn.Module] = field(default_factory=set)
+    # The layers that have run, with their caches, and those of them that have in the present forward pass.
+    seen: dict[nn.Module, Cache] = field(default_factory=dict)
+    ran: dict[nn.Module, Masks | None] = field(default_factory=dict)
+
+    @contextmanager
+    def on(self, model: PreTrainedModel) -> Generator[None, None, None]:
+        """Enter the press on ``model``, and see to it that both are as they were should anything fail."""
+        entered, presses = EnteredModel(model), Snapshot(*nested_presses(self.press))
+        inner = ExitStack()  # leaves the press's context once, whatever happens
+        try:
+            inner.enter_context(self.press(model))
+            presses = Snapshot(*nested_presses(self.press))  # what the press has loaded by now stays
+            entered.note_hooks()
+            handles = self._put_hooks(model, entered)
+            entered.note_hooks()
+            yield
+            for handle in handles:
+                handle.remove()
+            self._leave(model, inner)
+            entered.take_off_leavings()
+        except BaseException:
+            layers = [open_layer(cache, layer_index(module)) for module, cache in self.seen.items()]
+            unchanged = Snapshot(*model.modules(), layers=layers)
+            is_swallowed: bool | None = False
+            with suppress(BaseException):
+                for layer in layers:
+                    layer.open()
+                is_swallowed = inner.__exit__(*sys.exc_info())
+            unchanged.restore()
+            entered.take_off()
+            presses.restore()
+            if not is_swallowed:
+                raise
+
+    def _put_hooks(self, model: PreTrainedModel, entered: EnteredModel) -> list[Any]:
+        modules = attention_modules(model)
+        handles = []
+        for module in modules:
+            for number in entered.hooks_of_press(module):
+                wrap_hook(module, number, self.follow_hook)
+                self.hooked.add(module)
+            handles.append(module.register_forward_pre_hook(uncompiled(self._check_cut), with_kwargs=True))
+            # Runs before the press's hook, which may shrink the layer or fail.
+            handles.append(module.register_forward_hook(uncompiled(self._look_hook), with_kwargs=True, prepend=True))
+        for module in {model, getattr(model, "model", model)}:
+            handles.append(module.register_forward_hook(uncompiled(self._check_unseen)))
+        self.hooked = self.hooked or set(modules)
+        return handles
+
+    def _leave(self, model: PreTrainedModel, inner: ExitStack) -> None:
+        """Leave the press's context, in which it may evict, and merge what it evicted then."""
+        modules = {module: open_layer(cache, layer_index(module)) for module, cache in self.seen.items()}
+        snapshot = Snapshot(*model.modules(), *map(self.memory.states.get, modules), layers=modules.values())
+        masks_before = {module: masks_on(module) for module in modules}
+        handles = []
+        try:
+            for module, layer in modules.items():
+                layer.open()
+                # The press may run the model to score: that is none of our business. From then on it works on plain
+                # tensors, and what it evicts is seen from its masks.
+                handles.append(module.register_forward_pre_hook(lambda module, args, layer=layer: layer.close()))
+            try:
+                inner.__exit__(None, None, None)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for module, layer in modules.items():
+                state = self.memory.states[module]
+                limit = state.context_length - state.n_forgotten
+                if layer.is_closed:
+                    layer = open_layer(self.seen[module], layer_index(module))
+                    layer.open()
+                    if layer.lengths()[0] < min(limit, state.k_len):
+                        raise not_followed(self.press)
+                self._merge(module, layer, masks_before[module], None, {}, limit)
+        except BaseException:
+            snapshot.restore()
+            raise
+
+    # Each forward pass of a layer.
+
+    def _look_hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self.look(module, kwargs)
+
+    def look(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Note a forward pass of ``module``, after its attention and before the press."""
+        cache = kwargs.get("past_key_values")
+        if cache is None or not self._is_followed(module, cache):
+            return
+        layer = cache.layers[layer_index(module)]
+        bsz, q_len = kwargs["hidden_states"].shape[:2]
+        is_prefill = tokens_seen(layer) == q_len  # as kvpress's, without reading from the device
+        state = self.memory.state_of(module, cache)
+        is_new = is_prefill or state is None
+        if is_prefill:
+            refuse_what_the_press_gets_wrong(self.press, cache, bsz)
+        if is_new:
+            self._start(module, kwargs, bsz)
+        else:
+            state.look_at(layer)  # type: ignore[union-attr]
+        self.seen[module] = cache
+        if module in self.ran:
+            self.ran.clear()  # by another pass
+        self.ran[module] = masks_on(module)
+        if module in self.hooked or not self.hooked:
+            self.observe(module, kwargs, is_new)
+
+    def _start(self, module: nn.Module, kwargs: dict[str, Any], bsz: int, k_len: int | None = None) -> None:
+        self.memory.start(module, kwargs, bsz, k_len)
+        if module in self.hooked or not self.hooked:
+            self.start(layer_index(module))
+
+    def follow_hook(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The press's forward hook, followed in what it does to its layer."""
+
+        def followed_hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            cache = kwargs.get("past_key_values")
+            if cache is None or not self._is_followed(module, cache):
+                return hook(module, args, kwargs, output)
+            result = output
+
+            def work() -> None:
+                nonlocal result
+                result = hook(module, args, kwargs, output)
+
+            layer = open_layer(cache, layer_index(module))
+            self._follow(work, module, layer, kwargs.get("hidden_states"), kwargs)
+            self.memory.states[module].look_at(cache.layers[layer_index(module)])
+            self.ran[module] = masks_on(module)
+            return result
+
+        return followed_hook
+
+    def compress(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> Tensors:
+        """Follow the press's ``compress``, called by hand."""
+        is_prefill = hidden_states.shape[1] == keys.shape[2]
+        if is_prefill or self.memory.state_of(module, kwargs.get("past_key_values")) is None:
+            self._start(module, kwargs, hidden_states.shape[0], keys.shape[2])
+        # All that is known of the layer is what came along.
+        self.observe(module, {**kwargs, "hidden_states": hidden_states}, True)
+        layer = OpenTensors(keys, values)
+
+        def work() -> None:
+            layer.result = self.press.compress(
+                module, hidden_states, layer.traced_keys, layer.traced_values, attentions, kwargs
+            )
+
+        self._follow(work, module, layer, hidden_states, kwargs)
+        return layer.result
+
+    def _is_followed(self, module: nn.Module, cache: Cache) -> bool:
+        if is_followed(cache.layers[layer_index(module)]):
+            return True
+        if module in self.hooked and not self.memory.has_warned:
+            self.memory.has_warned = True
+            others = {i: type(layer).__name__ for i, layer in enumerate(cache.layers) if not is_followed(layer)}
+            warnings.warn(
+                f"what {type(self.press).__name__} evicts from these cache layers is not merged, since they keep no "
+                f"keys and values that can be followed: {', '.join(f'{i} ({name})' for i, name in others.items())}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return False
+
+    def _follow(
+        self,
+        work: Callable[[], None],
+        module: nn.Module,
+        layer: OpenLayer,
+        hidden_states: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Let the press work on an open layer and merge, or put everything back."""
+        masks_before = masks_on(module)
+        presses = nested_presses(self.press)
+        snapshot = Snapshot(module, self.memory.states[module], *presses, layers=[layer])
+        try:
+            layer.open()
+            work()
+            self._merge(module, layer, masks_before, hidden_states, kwargs, limit=None)
+        except BaseException:
+            snapshot.restore()
+            raise
+
+    def _merge(
+        self,
+        module: nn.Module,
+        layer: OpenLayer,
+        masks_before: Masks | None,
+        hidden_states: torch.Tensor | None,
+        kwargs: dict[str, Any],
+        limit: int | None,
+    ) -> None:
+        """Commit what the press left, with the survivors of a new eviction merged into."""
+        state: LayerState = self.memory.states[module]
+        masks_before = None if is_same(masks_before, state.stale_masks) else masks_before
+        masks_after = state.masks_on(module)
+        k_len, n_slots = layer.lengths()
+        is_newly_masked = masks_after is not None and not is_same(masks_after, masks_before)
+        if n_slots >= k_len and not is_newly_masked:
+            layer.commit()
+            return
+        compressed = layer.compressed()
+        if n_slots < k_len and compressed.positions is None:
+            raise not_followed(self.press)
+        eviction = state.find_eviction(compressed, k_len, masks_before, masks_after, limit)
+        keys, values = self.merge(
+            module, hidden_states, *layer.before(), compressed.keys, compressed.values, eviction, kwargs
+        )
+        layer.commit(
+            None if keys is compressed.keys else keys,
+            None if values is compressed.values else values,
+        )
+
+    # What would go wrong unseen.
+
+    def _check_cut(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse to go on with a cache that was cut back under masks that reach beyond it."""
+        cache = kwargs.get("past_key_values")
+        state = None if cache is None else self.memory.state_of(module, cache)
+        if cache is None or state is None or layer_index(module) >= len(cache.layers):
+            return
+        masks = state.masks_on(module)
+        if masks is None:
+            return
+        k_len = layer_length(cache.layers[layer_index(module)])
+        if not 0 < k_len < state.k_len or len(masks[-1]) == 0:
+            return
+        k_len += kwargs["hidden_states"].shape[1]
+        if int(masks[-1].max()) >= k_len:
+            raise ValueError(
+                f"{type(self.press).__name__} masked positions while decoding, and the cache was then cut back to "
+                f"{k_len} positions, short of them: ask one question per prefill"
+            )
+
+    def _check_unseen(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Refuse an eviction from a layer that was made elsewhere than in the layer's own hook."""
+        changed = []
+        for module, masks in self.ran.items():
+            is_shorter = layer_length(self.seen[module].layers[layer_index(module)]) < self.memory.states[module].k_len
+            if is_shorter or not is_same(masks_on(module), masks):
+                changed.append(layer_index(module))
+        if changed:
+            raise evicted_elsewhere(self.press, changed)
