@@ -206,7 +206,7 @@ def assert_told_what_the_press_did(given: Given, full: Layer, bare: Layer) -> No
 def test_the_cache_holds_what_the_naive_form_makes_of_what_the_press_did(name, llama, given):
     case, model, input_ids = set_up(name, llama)
     full, bare = full_cache(case, model, input_ids), run(model, case.make(), input_ids)
-    press = AttentionMatchingPress(case.make())
+    press = AttentionMatchingPress(case.make(), n_queries=48, key_ridge=0.2)
     matched = run(model, press, input_ids)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in attention_modules(model))
     heads, heads_fitted = heads_of(press.report)
@@ -219,6 +219,8 @@ def test_the_cache_holds_what_the_naive_form_makes_of_what_the_press_did(name, l
             assert torch.equal(layer.values, layer_bare.values)
             continue
         assert_told_what_the_press_did(given[layer_idx], layer_full, layer_bare)
+        n_seen_since = 64 if name.startswith("KVCompose") else 0  # of the replay that it makes of the context
+        assert (given[layer_idx].queries.shape[2], given[layer_idx].key_ridge) == (48 + n_seen_since, 0.2)
         expected, is_fitted = given[layer_idx].naive(), given[layer_idx].match.is_fitted
         # A head that is about as good either way may go either way.
         margin = (0.8 * expected.error_before - expected.error_after).abs()
