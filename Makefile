@@ -14,8 +14,10 @@ export OMP_WAIT_POLICY ?= passive
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-long test-lowest test-latest coverage mutation style docs bench package-check clean
 
-# The seed of the cases that `make test-long` and `make mutation` draw.
+# The seed of the cases that `make test-long` draws.
 SEED ?= 0
+# Which mutants `make mutation` tries, if not all: kvpress_merging.kernels.nearby.*, for instance.
+MUTANTS ?=
 RUN_TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
 help:  ## list the targets
@@ -75,8 +77,9 @@ coverage: $(VENV)/.trust  ## measure which lines and branches of src/ the tests 
 		$(BIN)/coverage report --format=markdown; } > evaluation/results/trust/coverage.md; \
 		status=$$?; cat evaluation/results/trust/coverage.md; exit $$status
 
-mutation: $(VENV)/.trust  ## break the code in many places, one at a time, and count what the tests notice: up to an hour
-	@$(BIN)/python tests/mutate.py --seed $(SEED) --report evaluation/results/trust/mutation.md
+mutation: $(VENV)/.trust  ## break the kernels wherever mutmut can, one place at a time, and list what no test notices: hours
+	@$(RUN_TESTS) $(BIN)/mutmut run --max-children 2 $(MUTANTS)
+	@$(BIN)/mutmut results
 
 $(VENV)/.trust: $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[trust]'
@@ -101,5 +104,5 @@ bench: $(STAMP)  ## time our kernels against kvpress's own: some minutes, and 9 
 	@$(BIN)/python -m evaluation speed
 
 clean:  ## remove .venv, docs/ and caches; results/ stays
-	rm -rf $(VENV) .venv-lowest .venv-latest .coverage build dist docs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-latest .coverage build dist docs mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

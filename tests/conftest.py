@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import settings
 
 # Triton decides at import whether its kernels run in its interpreter, which needs no GPU.
@@ -13,3 +14,33 @@ os.environ["TRITON_INTERPRET"] = "1"
 settings.register_profile("ci", max_examples=200, derandomize=True, deadline=None)
 settings.register_profile("long", max_examples=5000, derandomize=False, database=None, deadline=None, print_blob=True)
 settings.load_profile("ci")
+
+
+# Fixtures import what they need when they are asked for: torch may bring Triton along, before that is set.
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A tiny Llama of each file's own; it and its tokenizer also lie where ``config.name_or_path`` says."""
+    from tiny import tiny_checkpoint
+
+    model, _ = tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def input_ids(request):
+    """Tokens that all differ, so that values do: 96, or as many as the file's ``N_CONTEXT`` says."""
+    import torch
+
+    n_context = getattr(request.module, "N_CONTEXT", 96)
+    return torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :n_context] + 10
+
+
+@pytest.fixture
+def any_gain_will_do():
+    """Random layers have less in common than those of a text: let a head take any fit that gains something."""
+    from replay import max_error_left
+
+    with max_error_left(1):
+        yield

@@ -4,12 +4,20 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import torch
+from every_press import Case
 from kvpress import BasePress
 from transformers import Cache, DynamicCache, PreTrainedModel
+
+from kvpress_merging.kernels import match as match_module
+
+N_CONTEXT = 96
 
 
 @dataclass
@@ -31,6 +39,28 @@ def clear_masks(model: PreTrainedModel) -> None:
     """Forget what earlier presses masked, as in a model that has just been made."""
     for module in attention_modules(model):
         vars(module).pop("masked_key_indices", None)
+
+
+def model_for(case: Case, model: PreTrainedModel) -> PreTrainedModel:
+    """The model that a press of this case runs on: ``model``, or a copy where the press changes it."""
+    if "own model" in case.needs:
+        model = copy.deepcopy(model)
+    model.set_attn_implementation(case.attn_implementation)
+    return model
+
+
+def input_ids_for(case: Case, bsz: int = 1, length: int = N_CONTEXT) -> torch.Tensor:
+    """Tokens that all differ within a row, so that no two values are the same."""
+    generator = torch.Generator().manual_seed(11)
+    input_ids = torch.stack([torch.randperm(240, generator=generator)[:length] + 10 for _ in range(bsz)])
+    if case.needs == "delimiter":
+        input_ids[:, length - 16] = 5
+    return input_ids
+
+
+def max_error_left(share: float) -> AbstractContextManager:
+    """Have heads take fits that leave less than this of eviction's error: with 0 none, with infinity any."""
+    return mock.patch.object(match_module, "_MOST_ERROR", share)
 
 
 def run(
@@ -76,6 +106,24 @@ def snapshot(model: PreTrainedModel, cache: Cache) -> list[Layer]:
             is_masked[tuple(module.masked_key_indices)] = True
         layers.append(Layer(keys, values, is_masked))
     return layers
+
+
+def full_cache(case: Case, model: PreTrainedModel, input_ids: torch.Tensor) -> list[Layer]:
+    """The cache without eviction: Finch drops its delimiter from the input, KVCompose prefills in eager attention."""
+    keep = input_ids[0] != 5
+    attn_implementation = model.config._attn_implementation
+    if "eager prefill" in case.needs:
+        model.set_attn_implementation("eager")
+    full = run(model, None, input_ids[:, keep])
+    model.set_attn_implementation(attn_implementation)
+    return full
+
+
+def assert_equal(layers: list[Layer], others: list[Layer]) -> None:
+    for layer, other in zip(layers, others, strict=True):
+        assert torch.equal(layer.keys, other.keys)
+        assert torch.equal(layer.values, other.values)
+        assert torch.equal(layer.is_masked, other.is_masked)
 
 
 def positions_by_value(full: Layer, bare: Layer) -> np.ndarray:

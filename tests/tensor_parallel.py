@@ -15,13 +15,11 @@ import sys
 import torch
 import torch.distributed as dist
 from kvpress import KeyDiffPress, KnormPress, StreamingLLMPress
+from replay import max_error_left
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
-from kvpress_merging.kernels import match as match_module
 
-# Random layers have less in common than those of a text: let a head take any fit that gains something.
-MOST_ERROR = 1.0
 SCORERS = {
     "Knorm": lambda: KnormPress(0.5),
     "KeyDiff": lambda: KeyDiffPress(0.6),
@@ -51,11 +49,11 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 
 def main(checkpoint: str, out: str) -> None:
     dist.init_process_group("gloo")
-    match_module._MOST_ERROR = MOST_ERROR
     model = AutoModelForCausalLM.from_pretrained(checkpoint, tp_plan="auto").eval()
     results: dict = {"rows of q_proj": model.model.layers[0].self_attn.q_proj.weight.shape[0]}
     for name, make in PRESSES.items():
-        layers, report = prefill(model, make())
+        with max_error_left(1):
+            layers, report = prefill(model, make())
         results[name] = [tuple(gathered(part) for part in layer) for layer in layers], report
     if dist.get_rank() == 0:
         torch.save(results, out)

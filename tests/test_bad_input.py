@@ -10,39 +10,15 @@ import pytest
 import torch
 from every_press import CASES
 from kvpress import AdaKVPress, BasePress, KnormPress, SnapKVPress, StreamingLLMPress
-from replay import attention_modules, clear_masks, decode, run, snapshot
-from tiny import tiny_checkpoint
+from replay import assert_equal, attention_modules, clear_masks, decode, run, snapshot
 from transformers import DynamicCache
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
-from kvpress_merging.kernels import match as match_module
+
+pytestmark = pytest.mark.usefixtures("any_gain_will_do")
 
 N_CONTEXT = 64
 PRESSES = {"merging": MergingPress, "matching": AttentionMatchingPress}
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    model, _ = tiny_checkpoint(tmp_path_factory.mktemp("llama"))
-    return model
-
-
-@pytest.fixture(scope="module")
-def input_ids():
-    return torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :N_CONTEXT] + 10
-
-
-@pytest.fixture(autouse=True)
-def most_error(monkeypatch):
-    """Random layers have less in common than those of a text: let a head take any fit that gains something."""
-    monkeypatch.setattr(match_module, "_MOST_ERROR", 1.0)
-
-
-def assert_equal(layers, others):
-    for layer, other in zip(layers, others, strict=True):
-        assert torch.equal(layer.keys, other.keys)
-        assert torch.equal(layer.values, other.values)
-        assert torch.equal(layer.is_masked, other.is_masked)
 
 
 class MiddlePress(BasePress):

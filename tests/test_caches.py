@@ -2,13 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized, static and sliding-window caches."""
 
+import functools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from every_press import CASES
 from kvpress import BasePress, DecodingPress, DMSPress, KnormPress
 from replay import Layer, attention_modules, clear_masks, decode, merge_in_float64
-from tiny import tiny_checkpoint
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, QuantizedLayer
 
@@ -25,18 +27,19 @@ MASKING = ["AdaKV", "DMS", "KVzip", "FastKVzip", "third party, masks"]
 N_CONTEXT = 96
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    model, _ = tiny_checkpoint(tmp_path_factory.mktemp("llama"))
-    return model
+@functools.cache
+def unpack_in_python() -> None:
+    """quanto would compile its unpacking with a C++ compiler when it is first asked to, for a minute."""
+    from optimum.quanto.library.extensions.cpp import ext
 
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
 
-@pytest.fixture(scope="module")
-def input_ids():
-    return torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :N_CONTEXT] + 10
+    ext._lib = SimpleNamespace(unpack=unpack)
 
 
 def quantized(model, backend: str, residual_length: int = 128) -> QuantizedCache:
+    unpack_in_python()
     return QuantizedCache(config=model.config, q_group_size=16, residual_length=residual_length, **BACKENDS[backend])
 
 

@@ -7,18 +7,12 @@ import torch
 from every_press import CASES
 from kvpress import AdaKVPress, BasePress, DecodingPress, DMSPress, KnormPress, PrefillDecodingPress, SnapKVPress
 from replay import Layer, assert_merged, attention_modules, clear_masks, decode, merge_in_float64, run
-from tiny import tiny_model
 from transformers import DynamicCache
 
 from kvpress_merging import MergingPress
 
 WHILE_DECODING = [name for name, case in CASES.items() if case.moment == "decoding"]
 N_PREFILL, N_DECODED = 64, 13
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_model("llama", num_attention_heads=4, num_key_value_heads=2)
 
 
 @pytest.fixture(scope="module")

@@ -4,20 +4,16 @@
 
 from __future__ import annotations
 
-import copy
-
 import kvpress
 import pytest
 import torch
-from every_press import CASES, REFUSED, AveragingPress, Case, covered_classes
+from every_press import CASES, REFUSED, AveragingPress, covered_classes
 from kvpress import ComposedPress, KnormPress, KVPressTextGenerationPipeline, ThinKPress
-from replay import assert_merged, attention_modules, clear_masks, run
-from tiny import tiny_model, tiny_tokenizer
+from replay import N_CONTEXT, assert_merged, attention_modules, clear_masks, full_cache, input_ids_for, model_for, run
 from transformers import DynamicCache
 
 from kvpress_merging import MergingPress
 
-N_CONTEXT = 96
 # Not presses, or without anything of their own to run.
 NOT_PRESSES = {kvpress.BasePress, kvpress.ScorerPress, KVPressTextGenerationPipeline}
 
@@ -61,48 +57,6 @@ FAILS_IN_EAGER = {
 }
 
 
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def llama(tokenizer_folder):
-    model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2)
-    model.config._name_or_path = str(tokenizer_folder)
-    return model
-
-
-def model_for(case: Case, model):
-    if "own model" in case.needs:
-        model = copy.deepcopy(model)
-    model.set_attn_implementation(case.attn_implementation)
-    return model
-
-
-def input_ids_for(case: Case, model, bsz: int = 1) -> torch.Tensor:
-    """Tokens that all differ within a row, so that no two values are the same."""
-    generator = torch.Generator().manual_seed(11)
-    rows = [torch.randperm(model.config.get_text_config().vocab_size - 10, generator=generator) for _ in range(bsz)]
-    input_ids = torch.stack(rows)[:, :N_CONTEXT] + 10
-    if case.needs == "delimiter":
-        input_ids[:, N_CONTEXT - 16] = 5
-    return input_ids
-
-
-def full_cache(case: Case, model, input_ids: torch.Tensor) -> list:
-    """The cache without eviction: Finch drops its delimiter from the input, KVCompose prefills in eager attention."""
-    keep = input_ids[0] != 5
-    attn_implementation = model.config._attn_implementation
-    if "eager prefill" in case.needs:
-        model.set_attn_implementation("eager")
-    full = run(model, None, input_ids[:, keep])
-    model.set_attn_implementation(attn_implementation)
-    return full
-
-
 def test_every_press_that_kvpress_exports_is_covered():
     exported = {getattr(kvpress, name) for name in kvpress.__all__} - NOT_PRESSES
     missing = sorted(press.__name__ for press in exported - covered_classes())
@@ -113,7 +67,7 @@ def test_every_press_that_kvpress_exports_is_covered():
 def test_survivors_are_those_of_the_bare_press_and_take_in_what_it_evicts(name, llama):
     case = CASES[name]
     model = model_for(case, llama)
-    input_ids = input_ids_for(case, model)
+    input_ids = input_ids_for(case)
     full = full_cache(case, model, input_ids)
     bare = run(model, case.make(), input_ids)
     press = MergingPress(case.make())
@@ -128,7 +82,7 @@ def test_survivors_are_those_of_the_bare_press_and_take_in_what_it_evicts(name, 
 def test_a_batch_of_three_is_merged_wherever_the_bare_press_takes_one(name, llama):
     case = CASES[name]
     model = model_for(case, llama)
-    input_ids = input_ids_for(case, model, bsz=3)
+    input_ids = input_ids_for(case, bsz=3)
     if name in REFUSED_WITH_BATCH:
         with pytest.raises(ValueError, match="batch of 3"):
             run(model, MergingPress(case.make()), input_ids)
@@ -150,7 +104,7 @@ def test_eager_attention_works_wherever_it_does_for_the_bare_press(name, llama):
     case = CASES[name]
     model = model_for(case, llama)
     model.set_attn_implementation("eager")
-    input_ids = input_ids_for(case, model)
+    input_ids = input_ids_for(case)
     if name in FAILS_IN_EAGER:
         with pytest.raises(Exception) as bare_error:
             run(model, case.make(), input_ids)
@@ -171,7 +125,7 @@ def test_a_press_with_nothing_to_merge_is_refused_at_construction(name):
 
 def test_a_merging_press_composed_with_others_merges_in_its_turn(llama):
     model = model_for(CASES["Knorm"], llama)
-    input_ids = input_ids_for(CASES["Knorm"], model)
+    input_ids = input_ids_for(CASES["Knorm"])
     bare = run(model, ComposedPress([KnormPress(0.5), ThinKPress(0.3)]), input_ids)
     alone = run(model, MergingPress(KnormPress(0.5)), input_ids)
     composed = ComposedPress([MergingPress(KnormPress(0.5)), ThinKPress(0.3)])
@@ -185,7 +139,7 @@ def test_a_merging_press_composed_with_others_merges_in_its_turn(llama):
 def test_generate_goes_on_from_a_merged_cache(llama):
     model = model_for(CASES["Knorm"], llama)
     clear_masks(model)
-    input_ids = input_ids_for(CASES["Knorm"], model)
+    input_ids = input_ids_for(CASES["Knorm"])
     cache = DynamicCache()
     press = MergingPress(KnormPress(0.5))
     with press(model):
@@ -197,7 +151,7 @@ def test_generate_goes_on_from_a_merged_cache(llama):
 
 def test_a_press_that_cannot_be_followed_is_named_and_its_cache_left_untouched(llama):
     model = model_for(CASES["Knorm"], llama)
-    input_ids = input_ids_for(CASES["Knorm"], model)
+    input_ids = input_ids_for(CASES["Knorm"])
     cache, untouched = DynamicCache(), DynamicCache()
     with pytest.raises(ValueError, match="AveragingPress"):
         run(model, MergingPress(AveragingPress()), input_ids, cache=cache)

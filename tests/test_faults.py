@@ -11,9 +11,9 @@ import weakref
 import pytest
 import torch
 from every_press import CASES
+from faults import tracks_of
 from kvpress import AdaKVPress, BasePress, KnormPress, PerLayerCompressionPress, ScorerPress
 from replay import assert_merged, attention_modules, clear_masks, run
-from tiny import tiny_checkpoint
 from transformers import DynamicCache
 
 from kvpress_merging import MergingPress
@@ -21,31 +21,6 @@ from kvpress_merging import MergingPress
 
 class Stop(Exception):
     pass
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    model, _ = tiny_checkpoint(tmp_path_factory.mktemp("llama"))
-    return model
-
-
-@pytest.fixture(scope="module")
-def input_ids():
-    return torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :96] + 10
-
-
-def tracks_of(model) -> dict:
-    """What a press may leave behind on a model."""
-    tracks: dict = {"attn_implementation": model.config._attn_implementation}
-    for name, module in model.named_modules(remove_duplicate=False):
-        tracks[name] = (
-            set(vars(module)) - {"masked_key_indices"},  # speaks of a cache
-            vars(module).get("forward"),
-            len(module._forward_hooks),
-            len(module._forward_pre_hooks),
-            len(module._forward_hooks_with_kwargs),
-        )
-    return tracks
 
 
 @pytest.mark.parametrize("is_patched", [False, True], ids=["as made", "with forwards of its own"])

@@ -63,11 +63,6 @@ def llama(tmp_path_factory):
     return model
 
 
-@pytest.fixture(scope="module")
-def input_ids():
-    return torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :N_CONTEXT] + 10
-
-
 class Run:
     """A press of one kind on a model, run again and again with an exception each time."""
 

@@ -18,38 +18,18 @@ import tensor_parallel
 import torch
 from every_press import CASES
 from kvpress import BasePress, KnormPress
-from replay import attention_modules, clear_masks, run, snapshot
-from tiny import tiny_checkpoint, tiny_model
+from replay import assert_equal, attention_modules, clear_masks, run, snapshot
+from tiny import tiny_model
 from transformers import DynamicCache
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels import match as match_module
 
+pytestmark = pytest.mark.usefixtures("any_gain_will_do")
+
 N_CONTEXT = 64
 PRESSES = {"merging": MergingPress, "matching": AttentionMatchingPress}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return tmp_path_factory.mktemp("llama")
-
-
-@pytest.fixture(scope="module")
-def llama(checkpoint):
-    model, _ = tiny_checkpoint(checkpoint)
-    return model
-
-
-@pytest.fixture(scope="module")
-def input_ids():
-    return torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :N_CONTEXT] + 10
-
-
-@pytest.fixture(autouse=True)
-def most_error(monkeypatch):
-    """Random layers have less in common than those of a text: let a head take any fit that gains something."""
-    monkeypatch.setattr(match_module, "_MOST_ERROR", tensor_parallel.MOST_ERROR)
 
 
 def prefill(model, press, input_ids, inside=nullcontext):
@@ -59,13 +39,6 @@ def prefill(model, press, input_ids, inside=nullcontext):
     with press(model), inside():
         model.model(input_ids=input_ids, past_key_values=cache)
     return snapshot(model, cache)
-
-
-def assert_equal(layers, others):
-    for layer, other in zip(layers, others, strict=True):
-        assert torch.equal(layer.keys, other.keys)
-        assert torch.equal(layer.values, other.values)
-        assert torch.equal(layer.is_masked, other.is_masked)
 
 
 @pytest.mark.parametrize("inner", ["Knorm", "AdaKV", "Decoding", "DMS while decoding"])
@@ -178,11 +151,11 @@ def test_layers_on_another_device_are_merged_there(name, make, input_ids):
             assert torch.equal(layer.values, expected[layer_idx].values)
 
 
-def test_two_processes_hold_together_what_one_holds(checkpoint, llama, tmp_path):
+def test_two_processes_hold_together_what_one_holds(llama, tmp_path):
     """Tensor parallelism: each process has its own KV heads, and merges and fits them by itself."""
     out, tests = tmp_path / "caches.pt", Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tests / "tensor_parallel.py"), str(checkpoint), str(out)]
+    command += [str(tests / "tensor_parallel.py"), llama.config.name_or_path, str(out)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     results = torch.load(out)

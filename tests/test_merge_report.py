@@ -13,17 +13,12 @@ from kvpress import DecodingPress, KnormPress
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from replay import positions_by_value, run
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_tokenizer
 
 from kvpress_merging import AttentionMatchingPress, MergeReport, MergingPress, figures
 from kvpress_merging.eviction import Eviction
 
 INPUT_IDS = torch.stack([torch.randperm(180, generator=torch.Generator().manual_seed(seed))[:64] for seed in (1, 2)])
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_model("llama")
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,6 @@ from kvpress_merging import Eviction, MergeOnEvictPress, MergingPress
 from kvpress_merging.kernels.blend import cosine_blend
 
 
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_model("llama", num_attention_heads=4, num_key_value_heads=2)
-
-
 def tokens(bsz: int, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.stack([torch.randperm(180, generator=generator)[:length] for _ in range(bsz)]) + 10
@@ -114,7 +109,7 @@ def test_it_differs_from_hard_eviction_and_keeps_the_keys(llama):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_finite_and_in_its_dtype(dtype, llama):
-    model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2).to(dtype)
+    model = tiny_model().to(dtype)
     for layer in run(model, MergingPress(KnormPress(0.7)), tokens(2, 96)):
         assert layer.values.dtype == layer.keys.dtype == dtype
         assert torch.isfinite(layer.values).all()

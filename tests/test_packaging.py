@@ -16,23 +16,20 @@ import kvpress_merging
 ROOT = Path(__file__).parents[1]
 
 IMPORT = """
-import json, sys, time
+import json, sys
 import kvpress
 before = set(sys.modules)
-started = time.process_time()
 import kvpress_merging
-seconds = time.process_time() - started
-print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
-def test_importing_it_loads_nothing_that_kvpress_has_not_loaded_and_is_quick():
+def test_importing_it_loads_nothing_that_kvpress_has_not_loaded_and_of_its_own_no_plots_and_no_triton():
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
-    seconds, modules = json.loads(done.stdout)
+    modules = json.loads(done.stdout)
     assert [name for name in modules if name.split(".")[0] != "kvpress_merging"] == []
-    assert "kvpress_merging.plots" not in modules
-    # 0.02 s when this was written, and no more than 0.05 s is allowed: the rest is for a busy machine.
-    assert seconds < 0.1
+    assert "kvpress_merging" in modules
+    assert not {"kvpress_merging.plots", "kvpress_merging.kernels.nearest_triton"}.intersection(modules)
 
 
 def test_the_version_is_told_in_one_place():

@@ -10,12 +10,12 @@ import pytest
 import torch
 from kvpress import BasePress, DecodingPress, KnormPress, PrefillDecodingPress, StreamingLLMPress
 from replay import attention_modules, clear_masks, decode, snapshot
-from tiny import tiny_model
 from transformers import DynamicCache
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
 from kvpress_merging.following.padding import Padding
-from kvpress_merging.kernels import match as match_module
+
+pytestmark = pytest.mark.usefixtures("any_gain_will_do")
 
 N_CONTEXT = 64
 LENGTHS = (64, 40, 23)  # tokens of each row, the rest is padding
@@ -34,17 +34,6 @@ class ThirdsFromTheEndPress(BasePress):
             return keys[:, :, is_kept], values[:, :, is_kept]
         module.masked_key_indices = torch.where((~is_kept).expand(keys.shape[:3]))
         return keys, values
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return tiny_model("llama")
-
-
-@pytest.fixture(autouse=True)
-def most_error(monkeypatch):
-    """Random layers have less in common than those of a text: let a head take any fit that gains something."""
-    monkeypatch.setattr(match_module, "_MOST_ERROR", 1.0)
 
 
 def padded_batch(side: str = "left", fill: int = 7) -> dict[str, torch.Tensor]:

@@ -5,18 +5,16 @@
 from __future__ import annotations
 
 import functools
-from unittest import mock
 
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from kvpress import BasePress
-from replay import run
+from replay import max_error_left, run
 from tiny import tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
-from kvpress_merging.kernels import match
 
 # A case takes ten times as long as one of the kernels' alone.
 whole_passes = settings(max_examples=settings().max_examples // 5)
@@ -125,7 +123,7 @@ def test_what_survives_its_order_dtype_device_and_contiguity_are_the_bare_presss
 def test_a_re_fit_that_no_head_takes_leaves_the_bits_of_the_bare_press(make, input_ids):
     model = model_of(torch.float32)
     bare = run(model, make(), input_ids)
-    with mock.patch.object(match, "_MOST_ERROR", 0.0):
+    with max_error_left(0):
         result = run(model, AttentionMatchingPress(make()), input_ids)
     for mine, theirs in zip(result, bare):
         assert same_bits(mine.keys, theirs.keys)

@@ -20,6 +20,8 @@ from kvpress import (
 from transformers import Cache
 from transformers.cache_utils import QuantizedLayer
 
+from kvpress_merging.following.cache import is_followed
+
 
 def check_int(name: str, value: Any, min_value: int) -> None:
     """Raise a TypeError unless ``value`` is a whole number, and a ValueError if it is below ``min_value``."""
@@ -76,10 +78,19 @@ def not_followed(press: BasePress) -> ValueError:
     )
 
 
-def evicted_elsewhere(press: BasePress, layers: list[int]) -> ValueError:
-    """The press evicted from layers in a hook that is not theirs."""
+def cannot_be_followed(press: BasePress, cache: Cache) -> str:
+    """Some of the cache's layers keep their keys and values in a way that is not known."""
+    others = [f"{i} ({type(layer).__name__})" for i, layer in enumerate(cache.layers) if not is_followed(layer)]
+    return (
+        f"what {type(press).__name__} evicts from these cache layers is not merged, since they keep no keys and values "
+        f"that can be followed: {', '.join(others)}"
+    )
+
+
+def evicted_elsewhere(press: BasePress, layer_idx: int) -> ValueError:
+    """The press evicted from a layer in a hook that is not the layer's."""
     return ValueError(
-        f"{type(press).__name__} evicted from layers ({', '.join(map(str, layers))}) in a hook of another module, "
+        f"{type(press).__name__} evicted from layer {layer_idx} in a hook of another module, "
         "where it does not show what was evicted, so nothing of it was merged: let it evict in a forward hook of the "
         "layer's own attention, in compress, or when its context exits, or use it without merging"
     )

@@ -1,35 +1,20 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""
-Opens a page in a real Chromium without a screen (PySide6's Qt WebEngine), and tells as JSON what it does there.
-
-``python browser.py PAGE WIDTH HEIGHT [SCREENSHOT [dark]]``: a process of its own, since a browser takes one over.
-"""
+"""Opens a page in a real Chromium without a screen, driven by selenium, and tells what it does there."""
 
 import json
-import os
-import sys
+import shutil
+from pathlib import Path
 
-os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
-# The sandbox of Chromium refuses to run as root, as in containers; the page is our own.
-os.environ.setdefault("QTWEBENGINE_DISABLE_SANDBOX", "1")
-os.environ["QTWEBENGINE_CHROMIUM_FLAGS"] = "--disable-gpu --no-sandbox" + (
-    " --blink-settings=preferredColorScheme=0" if "dark" in sys.argv else ""
-)
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
 
-from PySide6.QtCore import QTimer, QUrl
-from PySide6.QtWebEngineCore import (
-    QWebEnginePage,
-    QWebEngineProfile,
-    QWebEngineSettings,
-    QWebEngineUrlRequestInterceptor,
-)
-from PySide6.QtWebEngineWidgets import QWebEngineView
-from PySide6.QtWidgets import QApplication
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
 
 # What a reader does: opens everything, sorts each table by each column, by mouse and by keyboard.
 SCRIPT = """
-(() => {
+return (() => {
   const result = {width: innerWidth, innerWidth, scrollWidth: [document.documentElement.scrollWidth]};
   for (const details of document.querySelectorAll("details")) details.open = true;
   result.scrollWidth.push(document.documentElement.scrollWidth);
@@ -65,67 +50,33 @@ SCRIPT = """
   result.text = document.body.innerText;
   for (const details of document.querySelectorAll("details")) details.open = false;
   scrollTo(0, 0);
-  return JSON.stringify(result);
+  return result;
 })()
 """
 
 
-class Requests(QWebEngineUrlRequestInterceptor):
-    """Notes every request."""
-
-    def __init__(self):
-        super().__init__()
-        self.urls = []
-
-    def interceptRequest(self, info):
-        self.urls.append(info.requestUrl().toEncoded().data().decode())
-
-
-class Page(QWebEnginePage):
-    """Notes what the console is told."""
-
-    console: list
-
-    def javaScriptConsoleMessage(self, level, message, line, source):
-        self.console.append(f"{line}: {message}")
-
-
-def main(page_file: str, width: str, height: str, screenshot: str = "", *_) -> None:
-    """Load, act, print, end."""
-    application = QApplication([sys.argv[0]])
-    profile, requests, view = QWebEngineProfile(), Requests(), QWebEngineView()
-    profile.setUrlRequestInterceptor(requests)
-    page = Page(profile, view)
-    page.console = []
-    page.settings().setAttribute(QWebEngineSettings.WebAttribute.ShowScrollBars, False)
-    # So that a request that the page should not make is seen, and not just refused.
-    page.settings().setAttribute(QWebEngineSettings.WebAttribute.LocalContentCanAccessRemoteUrls, True)
-    view.setPage(page)
-    view.resize(int(width), int(height))
-    view.show()
-
-    def finish(text):
-        result = json.loads(text)
-        result["requests"], result["console"] = requests.urls, page.console
-        print(json.dumps(result))
-        sys.stdout.flush()
-        if screenshot:
-            QTimer.singleShot(700, lambda: (view.grab().save(screenshot), application.quit()))
-        else:
-            application.quit()
-
-    def loaded(ok):
-        if not ok:
-            application.exit(1)
-        QTimer.singleShot(200, lambda: page.runJavaScript(SCRIPT, finish))
-
-    view.loadFinished.connect(loaded)
-    view.load(QUrl.fromLocalFile(os.path.abspath(page_file)))
-    QTimer.singleShot(60_000, lambda: application.exit(1))
-    status = application.exec()
-    # In this order, or Qt complains; its own tear-down may hang without a display.
-    os._exit(status)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def browse(page: Path, width: int, height: int, *, dark: bool = False, screenshot: Path | None = None) -> dict:
+    """What ``SCRIPT`` finds on a page in a window of this size, each URL asked for, and what the console was told."""
+    options = ChromeOptions()
+    options.binary_location = BROWSER
+    # The sandbox of Chromium refuses to run as root, as in containers; the page is our own.
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with Chrome(options, Service(DRIVER)) as driver:
+        # A window of its own is never as narrow as a phone's.
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        driver.get_log("performance")  # what there was before this page
+        driver.get(page.as_uri())
+        seen = driver.execute_script(SCRIPT)
+        events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+        sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        urls = [request["request"]["url"] for request in sent]
+        seen["requests"] = [url for url in urls if not url.startswith("data:")]  # what the page itself holds
+        seen["console"] = [entry["message"] for entry in driver.get_log("browser")]
+        if screenshot is not None:
+            driver.save_screenshot(str(screenshot))
+    return seen

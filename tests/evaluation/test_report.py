@@ -2,16 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A report on a folder of runs: what is read and written, and what the page shows."""
 
-import importlib.util
 import io
 import json
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import browser
 import numpy as np
 import pandas as pd
 import pytest
@@ -235,19 +233,9 @@ def test_the_page_says_what_made_it_what_failed_and_what_is_published(report):
 # In a browser.
 
 needs_browser = pytest.mark.skipif(
-    importlib.util.find_spec("PySide6") is None or importlib.util.find_spec("PySide6.QtWebEngineCore") is None,
-    reason="no browser: pip install 'PySide6-Addons[webengine]'",
+    browser.BROWSER is None or browser.DRIVER is None,
+    reason="no browser: apt-get install chromium chromium-driver",
 )
-
-
-def browse(page, width, height, *more):
-    script = Path(__file__).with_name("browser.py")
-    command = [sys.executable, str(script), str(page), str(width), str(height), *map(str, more)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    if "cannot open shared object file" in process.stderr:
-        pytest.skip(f"the browser lacks a library of the system: {process.stderr.strip().splitlines()[-1]}")
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
 
 
 def sort_key(text):
@@ -260,7 +248,7 @@ def sort_key(text):
 @needs_browser
 @pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 900)])
 def test_in_a_browser_the_page_fits_sorts_and_asks_the_network_for_nothing(report, width, height, tmp_path):
-    seen = browse(report / "index.html", width, height, tmp_path / "page.png")
+    seen = browser.browse(report / "index.html", width, height, screenshot=tmp_path / "page.png")
     assert seen["innerWidth"] == width
     assert max(seen["scrollWidth"]) <= width  # with details closed and open
     assert seen["outside"] == []
@@ -293,7 +281,7 @@ def test_in_a_browser_the_page_fits_sorts_and_asks_the_network_for_nothing(repor
 def test_in_a_browser_that_prefers_dark_the_page_is_dark(report):
     ink, paper = (
         [int(number) for number in re.findall(r"\d+", colour)][:3]
-        for colour in browse(report / "index.html", 360, 740, "", "dark")["colours"]
+        for colour in browser.browse(report / "index.html", 360, 740, dark=True)["colours"]
     )
     assert max(paper) < 60
     assert min(ink) > 200

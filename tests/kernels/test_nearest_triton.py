@@ -237,9 +237,12 @@ def in_another_process(code: str, **environment: str) -> str:
     return finished.stdout
 
 
-def test_package_imports_no_triton_and_a_cpu_is_told_that_the_kernel_needs_a_gpu():
-    output = in_another_process(
+@pytest.fixture(scope="module")
+def printed_elsewhere() -> list[str]:
+    """What one process without the interpreter prints: to start a process costs more than all that it does here."""
+    return in_another_process(
         """if True:
+        import json
         import sys
         import torch
         import kvpress_merging
@@ -254,19 +257,37 @@ def test_package_imports_no_triton_and_a_cpu_is_told_that_the_kernel_needs_a_gpu
             nearest_survivors(*arguments, kernel="triton")
         except ValueError as error:
             print(error)
+        from compile_for_gpus import compile_one
+        print(json.dumps(compile_one(90, torch.bfloat16, 128)))
         """
-    )
-    imported, message = output.splitlines()
+    ).splitlines()
+
+
+def test_package_imports_no_triton_and_a_cpu_is_told_that_the_kernel_needs_a_gpu(printed_elsewhere):
+    imported, message, _ = printed_elsewhere
     assert imported == "False"
     assert message.startswith("kernel='triton' needs a GPU, got tensors on cpu; use kernel='torch'")
 
 
 # What compilers make of it
 
-MOST_SHARED_BYTES = 99 * 1024
+MAX_SHARED_BYTES = 99 * 1024
 INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
+def assert_spills_nothing_fits_and_uses_tensor_cores_for_16_bits(variant: dict) -> None:
+    assert variant["spilled_bytes"] == 0, variant
+    assert variant["shared_bytes"] <= MAX_SHARED_BYTES, variant
+    assert variant["registers"] * 32 * variant["warps"] <= 65_536, variant
+    expected = [] if variant["dtype"] == "fp32" else [INSTRUCTIONS[variant["capability"]]]
+    assert list(variant["tensor_core_instructions"]) == expected, variant
+
+
+def test_compiled_for_one_gpu_it_spills_nothing_fits_and_uses_tensor_cores(printed_elsewhere):
+    assert_spills_nothing_fits_and_uses_tensor_cores_for_16_bits(json.loads(printed_elsewhere[-1]))
+
+
+@pytest.mark.long
 def test_compiled_for_gpus_it_spills_nothing_fits_and_uses_tensor_cores_for_16_bits():
     variants = json.loads(in_another_process("import runpy; runpy.run_module('compile_for_gpus', run_name='__main__')"))
     assert {(variant["capability"], variant["dtype"], variant["head_dim"]) for variant in variants} >= {
@@ -276,8 +297,4 @@ def test_compiled_for_gpus_it_spills_nothing_fits_and_uses_tensor_cores_for_16_b
         for head_dim in HEAD_DIMS
     }
     for variant in variants:
-        assert variant["spilled_bytes"] == 0, variant
-        assert variant["shared_bytes"] <= MOST_SHARED_BYTES, variant
-        assert variant["registers"] * 32 * variant["warps"] <= 65_536, variant
-        expected = [] if variant["dtype"] == "fp32" else [INSTRUCTIONS[variant["capability"]]]
-        assert list(variant["tensor_core_instructions"]) == expected, variant
+        assert_spills_nothing_fits_and_uses_tensor_cores_for_16_bits(variant)

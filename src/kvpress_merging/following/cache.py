@@ -24,7 +24,6 @@ from transformers.cache_utils import (
 )
 
 from kvpress_merging.following.tracing import (
-    Origin,
     TracedTensor,
     has_foreign_rows,
     is_traced,
@@ -89,7 +88,7 @@ def tokens_seen(layer: CacheLayerMixin) -> int:
 def layer_length(layer: Any) -> int:
     """Number of positions that a cache layer holds, read without a device synchronisation."""
     is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
-    return int(layer.keys.shape[2]) if is_sliding else tokens_seen(layer)
+    return int(layer.keys.shape[2] if is_sliding else tokens_seen(layer))
 
 
 def open_layer(cache: Cache, layer_idx: int) -> OpenLayer:
@@ -116,15 +115,10 @@ class OpenLayer:
             self.commit()
             self.is_closed = True
 
-    @property
-    def origins(self) -> tuple[Origin, ...]:
-        """What is known of the keys' and of the values' source."""
-        return self.traced_keys._origin, self.traced_values._origin
-
     def undo_writes(self) -> None:
         """Undo what the press wrote into the layer's tensors."""
-        for origin in self.origins:
-            origin.undo_writes()
+        for traced in (self.traced_keys, self.traced_values):
+            traced._origin.undo_writes()
 
     def before(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as they were before the press, plain."""
@@ -193,14 +187,10 @@ class OpenDynamicLayer(OpenLayer):
 
     def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
         layer = self.written
-        written = [
-            origin.tensor if tensor is traced else plain(tensor)
-            for origin, traced, tensor in zip(
-                self.origins, (self.traced_keys, self.traced_values), (layer.keys, layer.values)
-            )
-        ]
-        layer.keys = written[0] if keys is None else keys
-        layer.values = written[1] if values is None else values
+        for name, traced, new in (("keys", self.traced_keys, keys), ("values", self.traced_values, values)):
+            written = getattr(layer, name)
+            left = traced._origin.tensor if written is traced else plain(written)
+            setattr(layer, name, left if new is None else new)
 
 
 @dataclass
@@ -266,14 +256,10 @@ class OpenQuantizedLayer(OpenLayer):
         return self.k_len, written.tensor.shape[2] + self.n_residual
 
     def compressed(self) -> CompressedLayer:
+        keys, values = self.layer._quantized_keys, self.layer._quantized_values
         compressed = self._describe(
-            *(
-                stored.tensor if isinstance(stored, _Unquantized) else traced
-                for stored, traced in (
-                    (self.layer._quantized_keys, self.traced_keys),
-                    (self.layer._quantized_values, self.traced_values),
-                )
-            )
+            keys.tensor if isinstance(keys, _Unquantized) else self.traced_keys,
+            values.tensor if isinstance(values, _Unquantized) else self.traced_values,
         )
         compressed.keys = self._with_residual(compressed.keys, 0)
         compressed.values = self._with_residual(compressed.values, 1)

@@ -17,11 +17,16 @@ from transformers import PreTrainedModel
 torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention layers, where kvpress finds them."""
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers whose attention presses work on, where kvpress finds them."""
     base = getattr(model, "model", model)
     language_model = getattr(base, "language_model", base)
-    return [layer.self_attn for layer in getattr(language_model, "layers", ())]
+    return list(getattr(language_model, "layers", ()))
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """Their attention."""
+    return [layer.self_attn for layer in decoder_layers(model)]  # type: ignore[misc]
 
 
 def layer_index(module: nn.Module) -> int:

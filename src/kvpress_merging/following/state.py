@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from kvpress import BasePress
 from torch import nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -81,6 +82,18 @@ class LayerState:
         if self.masked is not None and n_forgotten > self.n_forgotten:
             self.masked = self.masked[..., n_forgotten - self.n_forgotten :]
         self.n_forgotten = n_forgotten
+
+    def check_cut(self, press: BasePress, module: nn.Module, layer: Any, q_len: int) -> None:
+        """Raise a ValueError for a cache that was cut back under masks that reach beyond it, and q_len tokens more."""
+        masks = self.masks_on(module)
+        if masks is None or not 0 < layer_length(layer) < self.k_len or len(masks[-1]) == 0:
+            return
+        k_len = layer_length(layer) + q_len
+        if int(masks[-1].max()) >= k_len:
+            raise ValueError(
+                f"{type(press).__name__} masked positions while decoding, and the cache was then cut back to {k_len} "
+                "positions, short of them: ask one question per prefill"
+            )
 
     def find_eviction(
         self,

@@ -11,9 +11,13 @@ So the positions that a press kept can be read off what it returns, whatever its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
+
+Function: TypeAlias = Callable[..., Any]
+Args: TypeAlias = tuple[Any, ...]
+Kwargs: TypeAlias = dict[str, Any]
 
 # A row that did not come from the traced cache: a token that the press appended for its own use.
 FOREIGN = -1
@@ -75,7 +79,7 @@ class TracedTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+        cls, func: Function, types: Sequence[type], args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
@@ -90,10 +94,7 @@ class TracedTensor(torch.Tensor):
 
 
 def trace(tensor: torch.Tensor) -> TracedTensor:
-    """
-    View ``tensor``, shape ``(bsz, num_key_value_heads, k_len, head_dim)``, as a traced tensor that holds the positions
-    ``0 .. k_len - 1`` in every head. Shares its memory.
-    """
+    """View a cache tensor as one that holds the positions ``0 .. k_len - 1`` in every head. Shares its memory."""
 
     def identity() -> torch.Tensor:
         bsz, num_key_value_heads, k_len = tensor.shape[:3]
@@ -138,8 +139,7 @@ def has_foreign_rows(tensor: torch.Tensor) -> bool:
 
 def _traced(tensor: torch.Tensor, origin: Origin, rows: Callable[[], torch.Tensor]) -> TracedTensor:
     out = tensor.as_subclass(TracedTensor)
-    out._origin = origin
-    out._rows = rows
+    out._origin, out._rows = origin, rows
     return out
 
 
@@ -151,7 +151,7 @@ def _writes_in_place(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
 
 
-def _before_write(name: str, args: tuple, kwargs: dict) -> None:
+def _before_write(name: str, args: Args, kwargs: Kwargs) -> None:
     target = args[0] if args else None
     if not isinstance(target, TracedTensor):
         return
@@ -166,7 +166,7 @@ def _before_write(name: str, args: tuple, kwargs: dict) -> None:
         target._origin.is_lost = True
 
 
-def _follow(name: str, func: Callable, args: tuple, kwargs: dict, out: Any) -> Any:
+def _follow(name: str, func: Function, args: Args, kwargs: Kwargs, out: Any) -> Any:
     if name in _JOINING:
         return _follow_join(func, args, kwargs, out)
     source = args[0] if args else None
@@ -194,7 +194,7 @@ def _follow(name: str, func: Callable, args: tuple, kwargs: dict, out: Any) -> A
     return _to_plain(out)
 
 
-def _follow_by_dim(func: Callable, source: TracedTensor, args: tuple, kwargs: dict, out: Any) -> Any:
+def _follow_by_dim(func: Function, source: TracedTensor, args: Args, kwargs: Kwargs, out: Any) -> Any:
     # The positions have the tensor's dimensions but for the last, which has size 1: the same call does the same to
     # them, and a call that touches the last dimension does not give the shape that is expected, or fails.
     outs = out if isinstance(out, (tuple, list)) else (out,)
@@ -217,14 +217,17 @@ def _follow_by_dim(func: Callable, source: TracedTensor, args: tuple, kwargs: di
 
 def _follow_getitem(source: TracedTensor, index: Any, out: torch.Tensor) -> torch.Tensor:
     index = index if isinstance(index, tuple) else (index,)
-    consumed = 0
-    for item in index:
-        if isinstance(item, torch.Tensor) and item.dtype in (torch.bool, torch.uint8):
-            consumed += item.dim()
-        elif item is not None and item is not Ellipsis:
-            consumed += 1
-    touches_last = consumed >= source.dim() or (Ellipsis in _identities(index) and _last_item(index) is not Ellipsis)
-    if touches_last and not (consumed <= source.dim() and _last_item(index) == slice(None)):
+    masks = (torch.bool, torch.uint8)
+    consumed = sum(
+        item.dim() if isinstance(item, torch.Tensor) and item.dtype in masks else 1
+        for item in index
+        if item is not None and item is not Ellipsis
+    )
+    # What applies to the last dimension if anything does: None items add dimensions before it.
+    last = index[-1] if index and (index[-1] is Ellipsis or isinstance(index[-1], slice)) else None
+    has_ellipsis = any(item is Ellipsis for item in index)
+    touches_last = consumed >= source.dim() or (has_ellipsis and last is not Ellipsis)
+    if touches_last and not (consumed <= source.dim() and last == slice(None)):
         return _to_plain(out)
     parent = source._rows
     if any(isinstance(item, (torch.Tensor, list)) for item in index):
@@ -233,17 +236,7 @@ def _follow_getitem(source: TracedTensor, index: Any, out: torch.Tensor) -> torc
     return _child(source, out, lambda: parent()[index])
 
 
-def _identities(index: tuple) -> list:
-    return [item for item in index if item is Ellipsis]
-
-
-def _last_item(index: tuple) -> Any:
-    """The item that applies to the last dimension if anything does: ``None`` items add dimensions before it."""
-    last = index[-1] if index else Ellipsis
-    return last if last is Ellipsis or isinstance(last, slice) else None
-
-
-def _follow_index(name: str, source: TracedTensor, args: tuple, kwargs: dict, out: torch.Tensor) -> torch.Tensor:
+def _follow_index(name: str, source: TracedTensor, args: Args, kwargs: Kwargs, out: torch.Tensor) -> torch.Tensor:
     bound = dict(zip(("dim", "index") if name in ("gather", "index_select") else ("index", "dim"), args[1:]))
     bound.update(kwargs)
     index: Any = bound.get("index", bound.get("indices", bound.get("repeats")))
@@ -269,7 +262,7 @@ def _follow_index(name: str, source: TracedTensor, args: tuple, kwargs: dict, ou
     return _child(source, out, lambda: rows)
 
 
-def _follow_join(func: Callable, args: tuple, kwargs: dict, out: torch.Tensor) -> torch.Tensor:
+def _follow_join(func: Function, args: Args, kwargs: Kwargs, out: torch.Tensor) -> torch.Tensor:
     tensors = args[0] if args else kwargs["tensors"]
     traced = [tensor for tensor in tensors if isinstance(tensor, TracedTensor)]
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
@@ -285,7 +278,7 @@ def _follow_join(func: Callable, args: tuple, kwargs: dict, out: torch.Tensor) -
         elif tensor.dim() == traced[0].dim():  # an empty 1-D tensor, as a fresh cache layer holds, adds no rows
             rows = torch.full((*tensor.shape[:-1], 1), FOREIGN, device=tensor.device)
             parts.append(lambda rows=rows: rows)  # type: ignore[misc]
-    join = torch.stack if is_stack else torch.cat
+    join: Function = torch.stack if is_stack else torch.cat
     child = _child(traced[0], out, lambda: join([part() for part in parts], dim=dim))
     child._has_foreign_rows = len(parts) != len(traced) or any(has_foreign_rows(tensor) for tensor in traced)
     return child

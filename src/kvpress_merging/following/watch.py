@@ -16,9 +16,16 @@ from kvpress import BasePress
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from kvpress_merging.checks import evicted_elsewhere, not_followed, refuse_what_the_press_gets_wrong
+from kvpress_merging.checks import cannot_be_followed, evicted_elsewhere, not_followed, refuse_what_the_press_gets_wrong
 from kvpress_merging.following.cache import OpenLayer, OpenTensors, is_followed, layer_length, open_layer, tokens_seen
-from kvpress_merging.following.model import EnteredModel, attention_modules, layer_index, uncompiled, wrap_hook
+from kvpress_merging.following.model import (
+    EnteredModel,
+    attention_modules,
+    decoder_layers,
+    layer_index,
+    uncompiled,
+    wrap_hook,
+)
 from kvpress_merging.following.state import LayerState, Masks, Memory, is_same, masks_on
 from kvpress_merging.following.undo import Snapshot
 from kvpress_merging.wrapping import nested_presses
@@ -49,9 +56,10 @@ class Watch:
     merge: Callable[..., Tensors]
     # The attention layers that the press has hooks on; all where it has none, and what it does comes later.
     hooked: set[nn.Module] = field(default_factory=set)
-    # The layers that have run, with their caches, and those of them that have in the present forward pass.
+    # The layers that have run, with their caches; and how long each was, and what was masked, when its attention was
+    # done in the present forward pass.
     seen: dict[nn.Module, Cache] = field(default_factory=dict)
-    ran: dict[nn.Module, Masks | None] = field(default_factory=dict)
+    ran: dict[nn.Module, tuple[int, Masks | None]] = field(default_factory=dict)
 
     @contextmanager
     def on(self, model: PreTrainedModel) -> Generator[None, None, None]:
@@ -93,6 +101,9 @@ class Watch:
             handles.append(module.register_forward_pre_hook(uncompiled(self._check_cut), with_kwargs=True))
             # Runs before the press's hook, which may shrink the layer or fail.
             handles.append(module.register_forward_hook(uncompiled(self._look_hook), with_kwargs=True, prepend=True))
+        for layer, module in zip(decoder_layers(model), modules):
+            settle = uncompiled(lambda layer, args, output, module=module: self._settle(module))
+            handles.append(layer.register_forward_hook(settle, prepend=True))
         for module in {model, getattr(model, "model", model)}:
             handles.append(module.register_forward_hook(uncompiled(self._check_unseen)))
         self.hooked = self.hooked or set(modules)
@@ -152,7 +163,6 @@ class Watch:
         self.seen[module] = cache
         if module in self.ran:
             self.ran.clear()  # by another pass
-        self.ran[module] = masks_on(module)
         if module in self.hooked or not self.hooked:
             self.observe(module, kwargs, is_new)
 
@@ -177,7 +187,6 @@ class Watch:
             layer = open_layer(cache, layer_index(module))
             self._follow(work, module, layer, kwargs.get("hidden_states"), kwargs)
             self.memory.states[module].look_at(cache.layers[layer_index(module)])
-            self.ran[module] = masks_on(module)
             return result
 
         return followed_hook
@@ -212,13 +221,7 @@ class Watch:
             return True
         if module in self.hooked and not self.memory.has_warned:
             self.memory.has_warned = True
-            others = {i: type(layer).__name__ for i, layer in enumerate(cache.layers) if not is_followed(layer)}
-            warnings.warn(
-                f"what {type(self.press).__name__} evicts from these cache layers is not merged, since they keep no "
-                f"keys and values that can be followed: {', '.join(f'{i} ({name})' for i, name in others.items())}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warnings.warn(cannot_be_followed(self.press, cache), RuntimeWarning, stacklevel=2)
         return False
 
     def _follow(
@@ -231,8 +234,7 @@ class Watch:
     ) -> None:
         """Let the press work on an open layer and merge, or put everything back."""
         masks_before = masks_on(module)
-        presses = nested_presses(self.press)
-        snapshot = Snapshot(module, self.memory.states[module], *presses, layers=[layer])
+        snapshot = Snapshot(module, self.memory.states[module], *nested_presses(self.press), layers=[layer])
         try:
             layer.open()
             work()
@@ -266,10 +268,7 @@ class Watch:
         keys, values = self.merge(
             module, hidden_states, *layer.before(), compressed.keys, compressed.values, eviction, kwargs
         )
-        layer.commit(
-            None if keys is compressed.keys else keys,
-            None if values is compressed.values else values,
-        )
+        layer.commit(None if keys is compressed.keys else keys, None if values is compressed.values else values)
 
     # What would go wrong unseen.
 
@@ -277,27 +276,20 @@ class Watch:
         """Refuse to go on with a cache that was cut back under masks that reach beyond it."""
         cache = kwargs.get("past_key_values")
         state = None if cache is None else self.memory.state_of(module, cache)
-        if cache is None or state is None or layer_index(module) >= len(cache.layers):
-            return
-        masks = state.masks_on(module)
-        if masks is None:
-            return
-        k_len = layer_length(cache.layers[layer_index(module)])
-        if not 0 < k_len < state.k_len or len(masks[-1]) == 0:
-            return
-        k_len += kwargs["hidden_states"].shape[1]
-        if int(masks[-1].max()) >= k_len:
-            raise ValueError(
-                f"{type(self.press).__name__} masked positions while decoding, and the cache was then cut back to "
-                f"{k_len} positions, short of them: ask one question per prefill"
-            )
+        if cache is not None and state is not None and layer_index(module) < len(cache.layers):
+            layer = cache.layers[layer_index(module)]
+            state.check_cut(self.press, module, layer, kwargs["hidden_states"].shape[1])
 
     def _check_unseen(self, model: nn.Module, args: Any, output: Any) -> None:
         """Refuse an eviction from a layer that was made elsewhere than in the layer's own hook."""
-        changed = []
-        for module, masks in self.ran.items():
-            is_shorter = layer_length(self.seen[module].layers[layer_index(module)]) < self.memory.states[module].k_len
-            if is_shorter or not is_same(masks_on(module), masks):
-                changed.append(layer_index(module))
-        if changed:
-            raise evicted_elsewhere(self.press, changed)
+        for module, (k_len, masks) in self.ran.items():
+            if self._length(module) < k_len or not is_same(masks_on(module), masks):
+                raise evicted_elsewhere(self.press, layer_index(module))
+
+    def _settle(self, module: nn.Module) -> None:
+        """Note a layer as all hooks on its attention have left it, those of presses around this one too."""
+        if module in self.seen:
+            self.ran[module] = (self._length(module), masks_on(module))
+
+    def _length(self, module: nn.Module) -> int:
+        return layer_length(self.seen[module].layers[layer_index(module)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -167,7 +168,7 @@ def attention_match(
     return Match(new_keys, new_values, is_fitted, error_before, error_after)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager:
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Products in the dtype of their factors, also inside an autocast region."""
     is_available = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if is_available else nullcontext()

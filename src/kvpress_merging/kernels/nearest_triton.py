@@ -26,8 +26,8 @@ MOST_HEAD_DIM = 256
 _LEAST_HEAD_DIM = 16  # of what tl.dot takes
 
 
-@triton.jit(do_not_specialize=["n_survivors", "n_queries"])
-def first_best_kernel(
+@triton.jit(do_not_specialize=["n_survivors", "n_queries"])  # type: ignore[untyped-decorator]
+def first_best_kernel(  # type: ignore[no-untyped-def]
     queries,
     survivors,
     inverse_norms,
