@@ -4,69 +4,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import pandas as pd
-from kvpress import (
-    AdaKVPress,
-    BasePress,
-    CAMPress,
-    DecodingPress,
-    ExpectedAttentionPress,
-    KeyDiffPress,
-    KnormPress,
-    QFilterPress,
-    SnapKVPress,
-    StreamingLLMPress,
-    ThinKPress,
-    TOVAPress,
-)
-from transformers import PreTrainedTokenizerBase
+from kvpress import BasePress, CAMPress, DecodingPress, ExpectedAttentionPress, ThinKPress
 
-from evaluation.benchmarks import fidelity, longbench, needle_in_haystack, ruler
-from evaluation.benchmarks.hub import load_hub_dataset
-from evaluation.benchmarks.ruler_synthetic import load_ruler_synthetic
+from evaluation.benchmarks import fidelity, longbench, needle_in_haystack, ruler, ruler_synthetic
+from evaluation.cli import closest
+from evaluation.config import NO_PRESS, EvaluationConfig
 from kvpress_merging import PRESS_REGISTRY as MERGING_PRESSES
 from kvpress_merging.registry import PREFILL_PRESSES, PressRegistry
 
-if TYPE_CHECKING:
-    from evaluation.config import EvaluationConfig
-
-NO_PRESS = "no_press"
-"""The press name that means the full cache."""
-
-
-def _load_ruler(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    samples = load_hub_dataset("ruler", config.data_dir, ruler.COLUMNS, quiet=config.quiet)
-    if config.tasks is None:
-        return samples
-    if missing := set(config.tasks) - set(samples["task"]):
-        known = ", ".join(sorted(set(samples["task"])))
-        raise ValueError(f"--tasks: the dataset has no {', '.join(sorted(missing))}, only {known}")
-    return samples[samples["task"].isin(config.tasks)].reset_index(drop=True)
-
-
-def _load_longbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    return load_hub_dataset("longbench", config.data_dir, longbench.COLUMNS, quiet=config.quiet)
-
-
-def _load_needle_in_haystack(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    assert config.max_context_length is not None  # the configuration makes sure
-    assert isinstance(config.needle_depth, list)
-    essays = load_hub_dataset("needle_in_haystack", config.data_dir, needle_in_haystack.COLUMNS, quiet=config.quiet)
-    return needle_in_haystack.hide_needle(essays, tokenizer, config.max_context_length, config.needle_depth)
-
-
-DATASET_REGISTRY: dict[str, Callable[[EvaluationConfig, PreTrainedTokenizerBase], pd.DataFrame]] = {
-    "ruler-synthetic": load_ruler_synthetic,
+DATASET_REGISTRY: dict[str, Callable[..., pd.DataFrame]] = {
+    "ruler-synthetic": ruler_synthetic.generate,
     "fidelity": fidelity.load_windows,
-    "ruler": _load_ruler,
-    "longbench": _load_longbench,
-    "needle_in_haystack": _load_needle_in_haystack,
+    "ruler": ruler.load_ruler,
+    "longbench": longbench.load_longbench,
+    "needle_in_haystack": needle_in_haystack.load_needle_in_haystack,
 }
-"""Dataset to what loads it: from a configuration and the model's tokenizer, a table with one row for each sample."""
+"""
+Dataset to what loads it: from the model's tokenizer, and settings as keyword arguments of their names, a table with one
+row for each sample.
+"""
 
 SCORER_REGISTRY: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "ruler-synthetic": ruler.string_match,
@@ -77,25 +38,27 @@ SCORER_REGISTRY: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 }
 """Dataset to what scores its predictions: from the table of predictions, one with a column for each metric."""
 
+
+def _around(wrapper: Callable[..., BasePress], name: str) -> BasePress:
+    return wrapper(base_press=PREFILL_PRESSES[name]())
+
+
 # kvpress's own names and settings.
 _BARE_PRESSES: dict[str, Callable[[], BasePress]] = {
     **PREFILL_PRESSES,
     # The press inside merging_expected_attention alone: kvpress's expected_attention is this one within an AdaKVPress.
     "expected_attention_head": lambda: ExpectedAttentionPress(epsilon=1e-2),
     "think": ThinKPress,
-    "cam_adakv_snapkv": lambda: CAMPress(base_press=AdaKVPress(SnapKVPress())),
-    "cam_knorm": lambda: CAMPress(base_press=KnormPress()),
-    "cam_streaming_llm": lambda: CAMPress(base_press=StreamingLLMPress()),
-    "cam_tova": lambda: CAMPress(base_press=TOVAPress()),
-    "decoding_adakv_expected_attention_e2": lambda: DecodingPress(
-        base_press=AdaKVPress(ExpectedAttentionPress(epsilon=1e-2))
-    ),
-    "decoding_adakv_snapkv": lambda: DecodingPress(base_press=AdaKVPress(SnapKVPress())),
-    "decoding_keydiff": lambda: DecodingPress(base_press=KeyDiffPress()),
-    "decoding_knorm": lambda: DecodingPress(base_press=KnormPress()),
-    "decoding_qfilter": lambda: DecodingPress(base_press=QFilterPress()),
-    "decoding_streaming_llm": lambda: DecodingPress(base_press=StreamingLLMPress()),
-    "decoding_tova": lambda: DecodingPress(base_press=TOVAPress()),
+    **{
+        f"cam_{name}": functools.partial(_around, CAMPress, name)
+        for name in ("adakv_snapkv", "knorm", "streaming_llm", "tova")
+    },
+    **{
+        f"decoding_{name}": functools.partial(_around, DecodingPress, name)
+        for name in ("adakv_snapkv", "keydiff", "knorm", "qfilter", "streaming_llm", "tova")
+    },
+    # kvpress's name for the press that is expected_attention alone.
+    "decoding_adakv_expected_attention_e2": lambda: _around(DecodingPress, "expected_attention"),
 }
 
 # Only ever read: a ChainMap writes to its first map alone, and these have no way to be written.
@@ -105,3 +68,13 @@ PRESS_REGISTRY: Mapping[str, BasePress | None] = ChainMap(
     {NO_PRESS: None},
 )
 """Press by name, made anew at each look-up: ``no_press``, kvpress's by the names of its own evaluation, and ours."""
+
+
+def check_names(config: EvaluationConfig) -> None:
+    """Raise a ValueError if there is no such press, or no such task of ruler-synthetic."""
+    if config.press_name not in PRESS_REGISTRY:
+        raise ValueError(
+            f"--press_name: there is no {config.press_name!r}{closest(str(config.press_name), PRESS_REGISTRY)}"
+        )
+    if config.dataset == "ruler-synthetic" and config.tasks is not None:
+        ruler_synthetic.check_tasks(config.tasks, vars(config))

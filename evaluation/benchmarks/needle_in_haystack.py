@@ -10,6 +10,9 @@ import pandas as pd
 from rouge import Rouge
 from transformers import PreTrainedTokenizerBase
 
+from evaluation.benchmarks.hub import load_hub_dataset
+from evaluation.text import insert
+
 COLUMNS = ("context", "needle", "question", "answer_prefix", "max_new_tokens")
 
 _METRICS = ("rouge-1", "rouge-2", "rouge-l")
@@ -18,32 +21,26 @@ _METRICS = ("rouge-1", "rouge-2", "rouge-l")
 _ROOM = 150
 
 
-def hide_needle(
+def load_needle_in_haystack(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data_dir: str | None,
+    max_context_length: int,
+    needle_depth: Sequence[int],
+    quiet: bool = False,
+) -> pd.DataFrame:
+    """Read the essays and put the needle into them: see ``write_contexts`` and ``load_hub_dataset``."""
+    essays = load_hub_dataset("needle_in_haystack", data_dir, COLUMNS, quiet=quiet)
+    return write_contexts(essays, tokenizer, max_context_length, needle_depth)
+
+
+def write_contexts(
     essays: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_context_length: int, depths: Sequence[int]
 ) -> pd.DataFrame:
     """
-    Put the needle into the essays.
+    Put the needle of the first row into its essays, once for each depth: so many percent of the way into them.
 
-    Parameters
-    ----------
-    essays : pd.DataFrame
-        Columns ``COLUMNS``; the first row is used.
-    tokenizer : PreTrainedTokenizerBase
-        Measures lengths.
-    max_context_length : int
-        Tokens of the whole context; the essays are cut to it.
-    depths : sequence of int
-        Percentages of the way into the essays.
-
-    Returns
-    -------
-    pd.DataFrame
-        One row for each depth, with the columns of ``essays``, ``needle_depth`` and ``task``.
-
-    Raises
-    ------
-    ValueError
-        If the length leaves no room for the essays.
+    They are cut to ``max_context_length`` tokens; a ValueError says if that leaves no room for them.
     """
     row = essays.iloc[0].to_dict()
     needle_ids = tokenizer.encode(row["needle"], add_special_tokens=False)
@@ -56,8 +53,8 @@ def hide_needle(
     essay_ids = tokenizer.encode(row["context"], add_special_tokens=False)[:n_essay_tokens]
     rows = []
     for depth in depths:
-        place = len(essay_ids) * depth // 100
-        text = tokenizer.decode(essay_ids[:place] + needle_ids + essay_ids[place:], skip_special_tokens=True)
+        token_ids = insert(essay_ids, [needle_ids], [len(essay_ids) * depth // 100])
+        text = tokenizer.decode(token_ids, skip_special_tokens=True)
         context = (
             f"Essays by one author follow, from here to the line that says so.\n\n{text}\n\nThe essays end here.\n"
         )
@@ -66,19 +63,7 @@ def hide_needle(
 
 
 def score(predictions: pd.DataFrame) -> pd.DataFrame:
-    """
-    ROUGE-1, ROUGE-2 and ROUGE-L between answers and needles.
-
-    Parameters
-    ----------
-    predictions : pd.DataFrame
-        Columns ``needle`` and ``predicted_answer``.
-
-    Returns
-    -------
-    pd.DataFrame
-        For each sample the three F1 scores of the ``rouge`` package, in percent; 0 for an empty answer.
-    """
+    """ROUGE-1, -2 and -L of answers and needles: F1 of the ``rouge`` package, in percent; 0 for an empty answer."""
     rouge = Rouge(metrics=list(_METRICS))
     rows = []
     for said, needle in zip(predictions["predicted_answer"], predictions["needle"]):

@@ -20,15 +20,15 @@ from kvpress import (
     SnapKVPress,
     ThinKPress,
 )
-from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny import tiny_model
 
 from evaluation import evaluate
 from evaluation import run as run_command
 from evaluation.__main__ import main
+from evaluation.benchmarks.fidelity.measure import measure_fidelity, measure_reference
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import answer, measure, prepare, run
 from evaluation.evaluate_registry import DATASET_REGISTRY, PRESS_REGISTRY, SCORER_REGISTRY
-from evaluation.fidelity import measure_fidelity, measure_reference
 from evaluation.presses import configure_press
 from evaluation.results import write_results
 from evaluation.text import built_in_text, cut_windows
@@ -41,16 +41,6 @@ SMALL: dict[str, Any] = {
     "tasks": ["niah_single_1"],
     "quiet": True,
 }
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +71,7 @@ def questions(monkeypatch):
             "task": "pets",
         }
     )
-    monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda config, tokenizer: samples.copy())
+    monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda tokenizer: samples.copy())
     return samples
 
 
@@ -142,11 +132,10 @@ def test_a_run_that_breaks_off_leaves_nothing_behind(model, tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_loads_a_model_runs_and_says_where_the_results_are(tmp_path, capsys):
-    tiny_checkpoint(tmp_path / "model")
+def test_the_command_loads_a_model_runs_and_says_where_the_results_are(checkpoint, tmp_path, capsys):
     capsys.readouterr()
     main(
-        f"run --model {tmp_path / 'model'} --data_dir 400 --n_samples 1 --tasks vt --max_new_tokens 2 --quiet "
+        f"run --model {checkpoint} --data_dir 400 --n_samples 1 --tasks vt --max_new_tokens 2 --quiet "
         f"--press_name merging_knorm --compression_ratio 0.25 --output_dir {tmp_path / 'results'} --device cpu".split()
     )
     out, err = capsys.readouterr()
@@ -347,7 +336,7 @@ def test_a_query_aware_press_sees_the_question(model, tokenizer, questions):
 
 
 def test_samples_without_an_answer_prefix_are_asked_too(model, tokenizer, questions, monkeypatch):
-    monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda config, tokenizer: questions.assign(answer_prefix=None))
+    monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda tokenizer: questions.assign(answer_prefix=None))
     assert len(answers_of(EvaluationConfig(dataset="ruler", quiet=True), model, tokenizer)) == 3
 
 
@@ -356,7 +345,7 @@ def test_metrics_are_means_over_a_tasks_samples(model, tokenizer, questions, mon
     monkeypatch.setitem(
         SCORER_REGISTRY, "ruler", lambda predictions: pd.DataFrame(scores).set_index(predictions.sort_index().index)
     )
-    monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda config, tokenizer: questions.assign(task=["a", "b", "a"]))
+    monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda tokenizer: questions.assign(task=["a", "b", "a"]))
     predictions, metrics = measure(prepare(EvaluationConfig(dataset="ruler", quiet=True), model, tokenizer))
     assert metrics == {"a": {"points": 21.67}, "b": {"points": 20.0, "bonus": 1.0}}
     assert predictions.sort_index()["points"].tolist() == scores["points"]

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
@@ -26,9 +25,6 @@ from evaluation.benchmarks.ruler_synthetic.sample import Essay, Measure, Sample,
 from evaluation.cli import closest
 from evaluation.text import read_text
 
-if TYPE_CHECKING:
-    from evaluation.config import EvaluationConfig
-
 _LIST_TASKS = {"vt": write_variable_tracking, "cwe": write_common_words, "fwe": write_frequent_words}
 
 TASKS = (*NEEDLE_TASKS, *_LIST_TASKS)
@@ -41,30 +37,6 @@ QUESTION_TASKS = {"qa_1": ("squad_file", read_squad), "qa_2": ("hotpotqa_file", 
 _PLAIN_SHARE = 0.94
 
 _MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
-
-
-def load_ruler_synthetic(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """
-    The samples that a configuration asks for: ``data_dir`` tokens long, ``n_samples`` of each of ``tasks``.
-
-    Raises
-    ------
-    ValueError
-        If a length does not suit a task, or a file is not of its format.
-    OSError
-        If a file cannot be read.
-    """
-    assert config.data_dir is not None  # the configuration fills it in
-    return generate(
-        tokenizer,
-        int(config.data_dir),
-        n_samples=config.n_samples,
-        tasks=config.tasks,
-        seed=config.seed,
-        text_file=config.text_file,
-        squad_file=config.squad_file,
-        hotpotqa_file=config.hotpotqa_file,
-    )
 
 
 def prose_of(text: str) -> str:
@@ -84,16 +56,7 @@ def _built_in_essay() -> Essay:
 
 
 def check_tasks(tasks: Sequence[str], files: Mapping[str, str | Path | None]) -> None:
-    """
-    Raise a ``ValueError`` if a task is unknown or lacks its file.
-
-    Parameters
-    ----------
-    tasks : sequence of str
-        Names of tasks.
-    files : mapping
-        What is given for ``squad_file`` and ``hotpotqa_file``.
-    """
+    """Raise a ``ValueError`` if a task is unknown or lacks its file among ``squad_file`` and ``hotpotqa_file``."""
     for task in tasks:
         if task not in TASKS and task not in QUESTION_TASKS:
             raise ValueError(f"there is no task {task!r}{closest(task, [*TASKS, *QUESTION_TASKS])}")
@@ -103,7 +66,7 @@ def check_tasks(tasks: Sequence[str], files: Mapping[str, str | Path | None]) ->
 
 def generate(
     tokenizer: PreTrainedTokenizerBase,
-    length: int,
+    data_dir: str | int,
     *,
     n_samples: int = 25,
     tasks: Sequence[str] | None = None,
@@ -117,16 +80,10 @@ def generate(
 
     Parameters
     ----------
-    tokenizer : PreTrainedTokenizerBase
-        Measures the contexts.
-    length : int
+    data_dir : str or int
         Tokens of each context, without what a chat template adds; at most 2 % fewer.
-    n_samples : int
-        Samples of each task.
     tasks : sequence of str, optional
-        Names of tasks; by default all for which there is a file or which need none.
-    seed : int
-        Draws everything.
+        Names of tasks, each of ``n_samples``; by default all for which there is a file or which need none.
     text_file : path, optional
         Prose for the tasks that hide needles in an essay; by default the built-in text.
     squad_file, hotpotqa_file : path, optional
@@ -142,9 +99,8 @@ def generate(
     ------
     ValueError
         If a task is unknown or lacks its file, a length does not suit a task, or a file is not of its format.
-    OSError
-        If a file cannot be read.
     """
+    length = int(data_dir)
     files = {"squad_file": squad_file, "hotpotqa_file": hotpotqa_file}
     if tasks is None:
         tasks = [*TASKS, *(task for task, (setting, _) in QUESTION_TASKS.items() if files[setting] is not None)]

@@ -1,0 +1,119 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of comparisons and of scores, for a terminal and as Markdown."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+ALPHA = 0.05
+"""Corrected p-values below are called a difference."""
+
+_WIDE = 170
+"""Letters in a line where there is no terminal to say."""
+
+# Left out in a terminal that is narrower than _FULL letters.
+_FULL = 125
+_DISPENSABLE = {"n", "bare", "merged", "interval", "p"}
+
+
+def show(table: pd.DataFrame, title: str) -> None:
+    """Print the table: in a narrow terminal with fewer columns."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDE)
+    console.print(render(table, title, narrow=console.width < _FULL))
+
+
+def render(table: pd.DataFrame, title: str, *, narrow: bool = False) -> Table:
+    """The table for a terminal."""
+    left_out = _DISPENSABLE if narrow else set()
+    rendered = Table(
+        title=title,
+        caption="diff.: merged - bare, with a 95 % bootstrap interval. p: sign-flip test; Holm: corrected over tasks.\n"
+        f"W/T/L: samples on which merged is better, equal, worse. +, -: better, worse at {ALPHA}. Arrow: better way.",
+        box=box.HORIZONTALS,
+        pad_edge=False,
+    )
+    names = ("press", "ratio", "metric", "task", "n", "bare", "merged", "diff.", "interval", "p", "Holm", "W/T/L", "")
+    for name in names[:4]:
+        rendered.add_column(name, overflow="fold", min_width=5)
+    for name in names[4:]:
+        if name not in left_out:
+            rendered.add_column(name, justify="right", no_wrap=True)
+    before = None
+    for row in table.to_dict("records"):
+        key = tuple(row[name] for name in ("benchmark", "press", "kind", "level"))
+        if before is not None and key[0] != before[0]:
+            rendered.add_section()
+        # Text, not strings: names may hold what rich takes for markup.
+        cells = [
+            *((f"{key[1]}, {key[2]}", str(key[3])) if key != before else ("", "")),
+            *(f"{row['metric']} {arrow(row['direction'])}", row["task"], str(row["n_samples"])),
+            *(number(row["bare"]), number(row["merged"]), number(row["difference"], signed=True)),
+            f"{number(row['low'], signed=True)} .. {number(row['high'], signed=True)}",
+            *(p_value(row["p"]), p_value(row["p_holm"])),
+            f"{row['wins']}/{row['ties']}/{row['losses']}",
+            {"better": "+", "worse": "-"}.get(row["verdict"], ""),
+        ]
+        rendered.add_row(*(Text(cell) for name, cell in zip(names, cells) if name not in left_out))
+        before = key
+    return rendered
+
+
+def as_text(table: pd.DataFrame, title: str) -> str:
+    """The same as plain text."""
+    file = io.StringIO()
+    Console(file=file, width=_WIDE).print(render(table, title))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def arrow(direction: str) -> str:
+    """Which way is better."""
+    return "↑" if direction.startswith("higher") else "↓"
+
+
+def number(value: float, *, signed: bool = False) -> str:
+    """A number to three or four digits; a dash for NaN."""
+    if math.isnan(value):
+        return "-"
+    # What is less is rounding.
+    if abs(value) < 1e-9:
+        return "0"
+    size = abs(value)
+    form = ".1f" if size >= 10 else ".2f" if size >= 1 else ".4f" if size >= 0.001 else ".1e"
+    return format(value, f"{'+' if signed else ''}{form}")
+
+
+def p_value(value: float) -> str:
+    """A p-value to three digits; a dash for NaN."""
+    return "-" if math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """A Markdown table with numbers as in a terminal; what a name holds of Markdown or HTML is shown, not obeyed."""
+    lines = [list(table.columns), ["---"] * len(table.columns)]
+    for row in table.to_dict("records"):
+        lines.append([_markdown(_cell(str(name), value)) for name, value in row.items()])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(name: str, value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if name in ("p", "p_holm"):
+        return p_value(value)
+    return number(value, signed=name in ("difference", "low", "high"))
+
+
+def _markdown(text: str) -> str:
+    text = html.escape(" ".join(text.split()), quote=False)
+    return "".join(f"\\{letter}" if letter in r"\`*_[]|~" else letter for letter in text)
