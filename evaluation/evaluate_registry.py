@@ -4,18 +4,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 
 import pandas as pd
-from kvpress import BasePress, CAMPress, DecodingPress, ExpectedAttentionPress, ThinKPress
+from kvpress import BasePress, CAMPress, ExpectedAttentionPress, ThinKPress
 
 from evaluation.benchmarks import fidelity, longbench, needle_in_haystack, ruler, ruler_synthetic
 from evaluation.cli import closest
 from evaluation.config import NO_PRESS, EvaluationConfig
 from kvpress_merging import PRESS_REGISTRY as MERGING_PRESSES
-from kvpress_merging.registry import PREFILL_PRESSES, PressRegistry
+from kvpress_merging.registry import DECODING_PRESSES, PREFILL_PRESSES, PressRegistry
 
 DATASET_REGISTRY: dict[str, Callable[..., pd.DataFrame]] = {
     "ruler-synthetic": ruler_synthetic.generate,
@@ -39,26 +38,17 @@ SCORER_REGISTRY: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 """Dataset to what scores its predictions: from the table of predictions, one with a column for each metric."""
 
 
-def _around(wrapper: Callable[..., BasePress], name: str) -> BasePress:
-    return wrapper(base_press=PREFILL_PRESSES[name]())
-
-
 # kvpress's own names and settings.
 _BARE_PRESSES: dict[str, Callable[[], BasePress]] = {
     **PREFILL_PRESSES,
+    **DECODING_PRESSES,
     # The press inside merging_expected_attention alone: kvpress's expected_attention is this one within an AdaKVPress.
     "expected_attention_head": lambda: ExpectedAttentionPress(epsilon=1e-2),
     "think": ThinKPress,
     **{
-        f"cam_{name}": functools.partial(_around, CAMPress, name)
+        f"cam_{name}": lambda name=name: CAMPress(base_press=PREFILL_PRESSES[name]())  # type: ignore[arg-type,misc]
         for name in ("adakv_snapkv", "knorm", "streaming_llm", "tova")
     },
-    **{
-        f"decoding_{name}": functools.partial(_around, DecodingPress, name)
-        for name in ("adakv_snapkv", "keydiff", "knorm", "qfilter", "streaming_llm", "tova")
-    },
-    # kvpress's name for the press that is expected_attention alone.
-    "decoding_adakv_expected_attention_e2": lambda: _around(DecodingPress, "expected_attention"),
 }
 
 # Only ever read: a ChainMap writes to its first map alone, and these have no way to be written.

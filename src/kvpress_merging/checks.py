@@ -20,8 +20,6 @@ from kvpress import (
 from transformers import Cache
 from transformers.cache_utils import QuantizedLayer
 
-from kvpress_merging.following.cache import is_followed
-
 
 def check_int(name: str, value: Any, min_value: int) -> None:
     """Raise a TypeError unless ``value`` is a whole number, and a ValueError if it is below ``min_value``."""
@@ -78,12 +76,11 @@ def not_followed(press: BasePress) -> ValueError:
     )
 
 
-def cannot_be_followed(press: BasePress, cache: Cache) -> str:
-    """Some of the cache's layers keep their keys and values in a way that is not known."""
-    others = [f"{i} ({type(layer).__name__})" for i, layer in enumerate(cache.layers) if not is_followed(layer)]
+def cannot_be_followed(press: BasePress, others: dict[int, str]) -> str:
+    """Some layers of the cache, by index, are of classes that keep their keys and values in a way that is not known."""
     return (
         f"what {type(press).__name__} evicts from these cache layers is not merged, since they keep no keys and values "
-        f"that can be followed: {', '.join(others)}"
+        f"that can be followed: {', '.join(f'{index} ({name})' for index, name in others.items())}"
     )
 
 

@@ -19,11 +19,11 @@ from evaluation import demo, models, speed
 from evaluation import run as run_command
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import load
-from evaluation.grid import read_grid
 from evaluation.models import ModelUnavailableError, load_model
+from evaluation.report.runs import read_run
 from evaluation.results import find_results, write_folder
-from evaluation.runs import read_run
 from evaluation.sweep import _write_copy
+from evaluation.sweep.grid import read_grid
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(file for folder in ("src", "evaluation") for file in (ROOT / folder).rglob("*.py"))

@@ -221,7 +221,8 @@ class Watch:
             return True
         if module in self.hooked and not self.memory.has_warned:
             self.memory.has_warned = True
-            warnings.warn(cannot_be_followed(self.press, cache), RuntimeWarning, stacklevel=2)
+            others = {i: type(layer).__name__ for i, layer in enumerate(cache.layers) if not is_followed(layer)}
+            warnings.warn(cannot_be_followed(self.press, others), RuntimeWarning, stacklevel=2)
         return False
 
     def _follow(
