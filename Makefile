@@ -91,11 +91,11 @@ style: $(STAMP)  ## check the code: ruff, mypy, and the public types with mypy -
 	@$(BIN)/mypy
 	@$(BIN)/mypy --strict --config-file tests/typing/mypy.ini tests/typing
 
-docs: $(STAMP)  ## write the API reference of the docstrings to docs/
-	@$(BIN)/python -W 'ignore:Error parsing type annotation BasePress' -m pdoc -d numpy -o docs kvpress_merging \
+docs: $(STAMP)  ## write the API reference of the docstrings to api/
+	@$(BIN)/python -W 'ignore:Error parsing type annotation BasePress' -m pdoc -d numpy -o api kvpress_merging \
 		kvpress_merging.registry kvpress_merging.kernels.blend kvpress_merging.kernels.match \
 		kvpress_merging.kernels.nearest kvpress_merging.kernels.nearby
-	@echo "Written to docs/: open docs/kvpress_merging.html"
+	@echo "Written to api/: open api/kvpress_merging.html"
 
 package-check:  ## build sdist and wheel, install each in a fresh environment, and merge with it: a few minutes
 	@PYTHON="$(PYTHON)" TORCH_INDEX_URL="$(TORCH_INDEX_URL)" .ci/package-check
@@ -103,6 +103,6 @@ package-check:  ## build sdist and wheel, install each in a fresh environment, a
 bench: $(STAMP)  ## time our kernels against kvpress's own: some minutes, and 9 GB of memory
 	@$(BIN)/python -m evaluation speed
 
-clean:  ## remove .venv, docs/ and caches; results/ stays
-	rm -rf $(VENV) .venv-lowest .venv-latest .coverage build dist docs mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove .venv, api/ and caches; results/ stays
+	rm -rf $(VENV) .venv-lowest .venv-latest .coverage build dist api mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,7 +26,7 @@ from evaluation.cli import Parser
 from evaluation.models import BUILT_IN_MODEL, built_in_model_folder
 
 ROOT = Path(__file__).parents[1]
-FILES = ("README.md", "CONTRIBUTING.md")
+FILES = ("README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))
 NEEDS = {"hub", "gpu", "hour"}
 
 LITTLE_WORK = {

@@ -65,11 +65,27 @@ class MergeReport:
         self._layers: dict[int, LayerFigures] = {}
 
     def start(self, layer_idx: int) -> None:
-        """Forget the layer ``layer_idx``: it works on another sequence."""
+        """
+        Forget a layer: it works on another sequence.
+
+        Parameters
+        ----------
+        layer_idx : int
+            The layer.
+        """
         self._layers[layer_idx] = LayerFigures()
 
     def record(self, layer_idx: int, eviction: Eviction) -> None:
-        """Note an eviction from the layer ``layer_idx``, whatever becomes of what it evicted."""
+        """
+        Note an eviction, whatever becomes of what it evicted.
+
+        Parameters
+        ----------
+        layer_idx : int
+            The layer.
+        eviction : Eviction
+            What was evicted.
+        """
         layer = self._layers.setdefault(layer_idx, LayerFigures())
         layer.n_survivors = eviction.n_survivors
         layer.n_evicted += eviction.n_evicted
@@ -85,9 +101,16 @@ class MergeReport:
         keep_pairs: bool = False,
     ) -> None:
         """
-        Note what one eviction merged: similarity, weight and target as ``cosine_blend`` returns them, which are kept.
+        Note what one eviction merged.
 
-        ``keep_pairs`` keeps the eviction too, for :meth:`merges` and :meth:`plot`.
+        Parameters
+        ----------
+        layer_idx, eviction
+            As in :meth:`record`.
+        similarity, weight, target : torch.Tensor
+            As :func:`kvpress_merging.kernels.blend.cosine_blend` returns them. They are kept, so not to be written.
+        keep_pairs : bool
+            Keep the eviction too, for :meth:`merges` and :meth:`plot`.
         """
         layer = self._layers.setdefault(layer_idx, LayerFigures())
         merges = Merges(similarity, weight, target, eviction.survivors.shape[-1])
@@ -103,7 +126,16 @@ class MergeReport:
         error_before: torch.Tensor,
         error_after: torch.Tensor,
     ) -> None:
-        """Note what matching made of one eviction, as ``attention_match`` returns it."""
+        """
+        Note what matching made of one eviction.
+
+        Parameters
+        ----------
+        layer_idx, eviction
+            As in :meth:`record`.
+        is_fitted, error_before, error_after : torch.Tensor
+            As :func:`kvpress_merging.kernels.match.attention_match` returns them.
+        """
         layer = self._layers.setdefault(layer_idx, LayerFigures())
         layer.add_heads(eviction, (is_fitted, error_before, error_after))
 
