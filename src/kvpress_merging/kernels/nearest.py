@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.products import ScaledKeys, full_precision, products
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, head_blocks, row_norms, stand_ins
+from kvpress_merging.kernels.trial import serves
 
 KERNELS = ("auto", "torch", "triton")
 """
@@ -242,9 +243,7 @@ def _triton_serves(keys: torch.Tensor) -> bool:
     """Whether ``"auto"`` takes the Triton kernel. Triton is imported only where it may serve."""
     if keys.device.type != "cuda" or find_spec("triton") is None:
         return False
-    from kvpress_merging.kernels.trial import serves
-
-    return serves(keys.device, keys.dtype, keys.shape[-1])
+    return serves(keys.device, keys.dtype, keys.shape[-1], nearest_survivors)
 
 
 def tile_shape(n_survivors: int, n_evicted: int, device: torch.device, tile_bytes: int) -> tuple[int, int, int]:
