@@ -24,17 +24,27 @@ class LayerReport:
     n_evicted: int = 0
     similarities: list[torch.Tensor] = field(default_factory=list)
     weights: list[torch.Tensor] = field(default_factory=list)
+    targets: list[tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=list)
     most_merges: list[torch.Tensor] = field(default_factory=list)
     fits: list[torch.Tensor] = field(default_factory=list)
     has_lost: list[bool] = field(default_factory=list)
     pairs: list[Pairs] = field(default_factory=list)
 
-    def add(self, similarity: torch.Tensor, weight: torch.Tensor, most_merges: torch.Tensor) -> None:
+    def add(self, similarity: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, n_survivors: int) -> None:
+        """Note one eviction. How many merges a survivor took in is worked out when it is read."""
         self.similarities.append(similarity)
         self.weights.append(weight)
-        self.most_merges.append(most_merges)
+        self.targets.append((weight, target, n_survivors))
         if len(self.weights) > _MOST_PARTS:
             self.similarities, self.weights = [_joined(self.similarities)], [_joined(self.weights)]
+            self._count_merges()
+
+    def _count_merges(self) -> None:
+        for weight, target, n_survivors in self.targets:
+            merges = torch.zeros(*target.shape[:2], n_survivors, dtype=torch.int64, device=target.device)
+            self.most_merges.append(merges.scatter_add_(-1, target, (weight > 0).long()).amax())
+        self.targets.clear()
+        if self.most_merges:
             self.most_merges = [torch.stack(self.most_merges).amax()]
 
     def add_fits(self, eviction: Eviction, fits: torch.Tensor) -> None:
@@ -60,6 +70,7 @@ class LayerReport:
             row["error_after"] = float(torch.where(is_fitted > 0, error_after, error_before).mean())
         if not self.weights:
             return row
+        self._count_merges()
         weight = _joined(self.weights)
         is_merged = weight > 0
         similarity = _joined(self.similarities)[is_merged].double()
@@ -71,7 +82,7 @@ class LayerReport:
             row["similarity_mean"] = float(similarity.mean())
             row["similarity_q05"], row["similarity_q50"] = (_quantile(ranked, q) for q in (0.05, 0.5))
             row["bound_mean"] = float(bound.mean())
-            row["most_merges"] = int(torch.stack(self.most_merges).max())
+            row["most_merges"] = int(self.most_merges[0])
         return row
 
 

@@ -145,7 +145,7 @@ class MergingPress(MergeOnEvictPress):
         self.report.record_merges(
             int(module.layer_idx),  # type: ignore[arg-type]
             eviction,
-            blend.similarity,
+            blend.similarity if self.record_pairs else blend.found.cosine,
             blend.weight,
             blend.target,
             keep_pairs=self.record_pairs,

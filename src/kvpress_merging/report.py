@@ -115,19 +115,15 @@ class MergeReport:
         eviction : Eviction
             What was evicted.
         similarity, weight : torch.Tensor
-            Per evicted position, float32, shape ``(bsz, num_key_value_heads, n_evicted)``; weight 0 where not merged.
+            Per evicted position, float32, shape ``(bsz, num_key_value_heads, n_evicted)``; weight 0 where not merged,
+            and the similarity then of no meaning unless ``keep_pairs``.
         target : torch.Tensor
             Index into ``eviction.survivors``, int64, same shape.
         keep_pairs : bool
             Whether to keep what :meth:`merges` and :meth:`plot` tell: 16 bytes per evicted position and head.
         """
-        # A head without survivors merges nothing, and its targets are all 0.
-        merges = torch.zeros(
-            *target.shape[:2], max(1, eviction.survivors.shape[-1]), dtype=torch.int64, device=target.device
-        )
-        merges.scatter_add_(-1, target, (weight > 0).long())
         layer = self._layers.setdefault(layer_idx, LayerReport())
-        layer.add(similarity, weight, merges.amax())
+        layer.add(similarity, weight, target, max(1, eviction.survivors.shape[-1]))
         if keep_pairs:
             layer.pairs.append(Pairs.of(eviction, similarity, weight, target))
 
