@@ -211,7 +211,7 @@ def _weighted_means(
     flat_slot = slot + first_rows(n_heads, n_slots, device)
 
     bytes_per_head = 8 * (n_slots + 2 * n_evicted) * max(1, head_dim)
-    slices = list(head_slices([bytes_per_head] * n_heads, DEFAULT_TILE_BYTES, block_bytes(device)))
+    slices = list(head_slices([bytes_per_head] * n_heads, block_bytes(device), block_bytes(device)))
     blended = torch.empty_like(kept_rows, memory_format=torch.contiguous_format) if len(slices) > 1 else None
     for heads in slices:
         from_row, to_row, weight_of_row = flat[heads, width - n_evicted :], flat_slot[heads], weight[heads]

@@ -67,9 +67,12 @@ def find_buckets(counts: Counts) -> list[Bucket]:
     heads = np.flatnonzero(sizes.all(axis=1))
     if len(heads) == 0:
         return []
+    needed = sizes[heads].prod(axis=1).sum()
+    largest = sizes[heads].max(axis=0)
+    if len(heads) * largest.prod() <= (1 + _MAX_PADDING) * needed:
+        return [Bucket(heads, int(largest[0]), int(largest[1]))]
     heads = heads[np.argsort(sizes[heads, 0], kind="stable")]
     groups = np.array_split(heads, min(len(heads), _MAX_GROUPS))
-    needed = sizes[heads].prod(axis=1).sum()
 
     # Products of a bucket of the groups i to j.
     n = len(groups)
