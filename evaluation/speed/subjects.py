@@ -23,9 +23,9 @@ from kvpress_merging import AttentionMatchingPress
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
 from kvpress_merging.kernels.match import attention_match
-from kvpress_merging.kernels.nearest import tile_shape
 from kvpress_merging.kernels.products import multiplies_16_bits, products
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
+from kvpress_merging.kernels.tiles import tile_shape
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
@@ -39,6 +40,8 @@ class Eviction:
     keys_rewritten : bool
         Whether the press wrote new keys for the survivors (rotated anew, or with channels set to zero), so that what it
         left differs from the keys of the cache before the eviction.
+    joined : tuple of three torch.Tensor, optional
+        ``survivors``, ``evicted`` and the tensor that both are views of, where there is one: saves a copy.
 
     Examples
     --------
@@ -55,6 +58,14 @@ class Eviction:
     k_len: int
     counts: tuple[tuple[int, int], ...] | None = None
     keys_rewritten: bool = False
+    joined: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Survivors, then evicted, int64, shape ``(bsz, num_key_value_heads, n_survivors + n_evicted)``."""
+        if self.joined is not None and self.joined[0] is self.survivors and self.joined[1] is self.evicted:
+            return self.joined[2]
+        return torch.cat([self.survivors, self.evicted], dim=-1)
 
     @property
     def is_ragged(self) -> bool:
@@ -115,13 +126,10 @@ class Eviction:
             Number of positions before the eviction.
         """
         n_kept = positions.shape[-1]
-        is_evicted = torch.ones(*positions.shape[:2], k_len, dtype=torch.uint8, device=positions.device)
-        is_evicted.scatter_(-1, positions, 0)
+        is_evicted = _one(positions.device).expand(*positions.shape[:2], k_len).scatter(-1, positions, 0)
         order = is_evicted.sort(dim=-1, stable=True).indices
         survivors, evicted = order[..., :n_kept], order[..., n_kept:]
-        slot = torch.arange(n_kept, device=positions.device).expand_as(positions)
-        slots = torch.empty_like(order).scatter_(-1, positions, slot).gather(-1, survivors)
-        return cls(survivors, slots, evicted, k_len)
+        return cls(survivors, positions.sort(dim=-1).indices, evicted, k_len, joined=(survivors, evicted, order))
 
     @classmethod
     def from_masks(
@@ -141,16 +149,21 @@ class Eviction:
             position itself, as a press that masks leaves it.
         """
         k_len = is_survivor.shape[-1]
-        per_head = torch.stack([is_survivor, is_evicted]).sum(dim=-1).flatten(1).tolist()
+        is_listed = torch.stack([is_survivor, is_evicted]).view(torch.uint8)
+        per_head = is_listed.sum(dim=-1).flatten(1).tolist()
         counts = tuple(zip(*per_head))
-        most_survivors, most_evicted = (max(column, default=0) for column in per_head)
+        max_survivors, max_evicted = (max(column, default=0) for column in per_head)
 
-        survivors = is_survivor.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
-        evicted = is_evicted.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
-        survivors, evicted = survivors[..., :most_survivors], evicted[..., :most_evicted]
+        order = is_listed.sort(dim=-1, descending=True, stable=True).indices
+        survivors, evicted = order[0, ..., :max_survivors], order[1, ..., :max_evicted]
         slots = survivors if slot_of is None else slot_of.gather(-1, survivors)
-        is_even = all(count == (most_survivors, most_evicted) for count in counts)
+        is_even = all(count == (max_survivors, max_evicted) for count in counts)
         return cls(survivors, slots, evicted, k_len, None if is_even else counts)
+
+
+@lru_cache
+def _one(device: torch.device) -> torch.Tensor:
+    return torch.ones((), dtype=torch.uint8, device=device)
 
 
 def masked_positions(

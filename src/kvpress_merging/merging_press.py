@@ -132,7 +132,7 @@ class MergingPress(MergeOnEvictPress):
         self.report.record_merges(
             layer_index(module),
             eviction,
-            blend.similarity,
+            blend.similarity if self.record_pairs else blend.found.cosine,
             blend.weight,
             blend.target,
             keep_pairs=self.record_pairs,

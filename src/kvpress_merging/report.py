@@ -108,7 +108,8 @@ class MergeReport:
         layer_idx, eviction
             As in :meth:`record`.
         similarity, weight, target : torch.Tensor
-            As :func:`kvpress_merging.kernels.blend.cosine_blend` returns them. They are kept, so not to be written.
+            As :func:`kvpress_merging.kernels.blend.cosine_blend` returns them; the similarity is of no meaning where
+            the weight is 0, unless ``keep_pairs``. They are kept, so not to be written.
         keep_pairs : bool
             Keep the eviction too, for :meth:`merges` and :meth:`plot`.
         """

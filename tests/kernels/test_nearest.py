@@ -23,12 +23,8 @@ from kernel_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels import nearest as nearest_module
-from kvpress_merging.kernels.nearest import (
-    first_max,
-    naive_nearest_survivors,
-    nearest_survivors,
-)
+from kvpress_merging.kernels.nearest import naive_nearest_survivors, nearest_survivors
+from kvpress_merging.kernels.tiles import first_max, tile_shape
 
 
 def search(layer: Layer, **options) -> tuple[torch.Tensor, torch.Tensor]:
@@ -334,7 +330,7 @@ def test_names_of_special_rows_cover_what_float_arithmetic_stumbles_over():
 )
 def test_a_tile_is_as_large_as_allowed_and_no_larger_than_needed(n_survivors, n_evicted, tile_bytes, shape):
     device = torch.device("cpu")
-    assert nearest_module.tile_shape(n_survivors, n_evicted, device, tile_bytes) == shape
+    assert tile_shape(n_survivors, n_evicted, device, tile_bytes) == shape
     assert shape[0] * shape[1] * shape[2] * 4 <= max(tile_bytes, 16 * 16 * 4)
 
 

@@ -150,7 +150,7 @@ def test_blend_takes_the_kernel_that_is_named():
 @pytest.mark.parametrize("head_dim", [5, *HEAD_DIMS])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_trial_passes_where_the_kernel_is_right(dtype, head_dim):
-    assert trial.trial(torch.device("cpu"), dtype, head_dim) is None
+    assert trial.trial(torch.device("cpu"), dtype, head_dim, nearest_survivors) is None
 
 
 def run_out_of_shared_memory(best, index):
@@ -170,11 +170,11 @@ def test_kernel_that_fails_its_trial_does_not_serve_and_is_named_once(monkeypatc
     monkeypatch.setattr(nearest_triton, "first_best", lambda *arguments: spoil(*first_best(*arguments)))
     monkeypatch.setattr(trial, "_served", {})
     with pytest.warns(RuntimeWarning, match=message) as warned:
-        assert not trial.serves(torch.device("cpu"), torch.bfloat16, 64)
+        assert not trial.serves(torch.device("cpu"), torch.bfloat16, 64, nearest_survivors)
     assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not trial.serves(torch.device("cpu"), torch.bfloat16, 64)
+        assert not trial.serves(torch.device("cpu"), torch.bfloat16, 64, nearest_survivors)
 
 
 def test_trial_is_made_once_for_each_device_dtype_and_head_dim(monkeypatch):
@@ -182,8 +182,8 @@ def test_trial_is_made_once_for_each_device_dtype_and_head_dim(monkeypatch):
     with mock.patch.object(trial, "trial", return_value=None) as tried:
         for _ in range(3):
             for dtype in DTYPES:
-                assert trial.serves(torch.device("cpu"), dtype, 64)
-        assert trial.serves(torch.device("cpu"), torch.float32, 128)
+                assert trial.serves(torch.device("cpu"), dtype, 64, nearest_survivors)
+        assert trial.serves(torch.device("cpu"), torch.float32, 128, nearest_survivors)
     assert tried.call_count == 4
 
 
@@ -201,9 +201,9 @@ def test_auto_asks_on_a_gpu_alone_and_of_these_very_keys_whether_the_kernel_serv
         return SimpleNamespace(device=device, dtype=torch.bfloat16, shape=(1, 2, 30, 64))
 
     gpu = torch.device("cuda", 1)
-    with mock.patch.object(trial, "serves") as serves:
+    with mock.patch.object(nearest_module, "serves") as serves:
         assert nearest_module._triton_serves(keys_on(gpu)) is serves.return_value
-        serves.assert_called_once_with(gpu, torch.bfloat16, 64)
+        serves.assert_called_once_with(gpu, torch.bfloat16, 64, nearest_survivors)
         assert not nearest_module._triton_serves(keys_on(torch.device("cpu")))
         monkeypatch.setattr(nearest_module, "find_spec", lambda name: None)
         assert not nearest_module._triton_serves(keys_on(gpu))

@@ -15,13 +15,13 @@ from kvpress_merging.kernels import rows as rows_module
 from kvpress_merging.kernels.rows import (
     DEFAULT_TILE_BYTES,
     add_rows_,
-    adds_by_segment,
+    adds_in_order,
     block_bytes,
+    first_rows,
     gather_rows,
     head_blocks,
     row_norms,
     scatter_rows,
-    stand_ins,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -34,10 +34,15 @@ def test_a_cpu_works_on_what_its_caches_hold_and_other_devices_on_what_they_are_
     assert block_bytes(CPU, 1000) == block_bytes(CUDA, 1000) == 1000
 
 
-def test_rows_are_brought_together_before_they_are_added_everywhere_but_on_a_cpu():
-    assert not adds_by_segment(CPU)
-    assert adds_by_segment(CUDA)
-    assert adds_by_segment(META)
+def test_a_cpu_alone_adds_in_the_order_of_the_rows():
+    assert adds_in_order(CPU)
+    assert not adds_in_order(CUDA)
+    assert not adds_in_order(META)
+
+
+def test_heads_laid_end_to_end_begin_where_the_one_before_ends():
+    assert first_rows(3, 7, CPU).tolist() == [[0], [7], [14]]
+    assert first_rows(2, 7, META).device == META
 
 
 @pytest.mark.parametrize(
@@ -118,30 +123,19 @@ def test_norms_copy_as_many_rows_at_once_as_they_are_told_and_no_more(n_bytes, m
     assert [call.args[0].shape for call in vector_norm.call_args_list] == [(2, 2**20, 4), (1, 2**20, 4)] * 2
 
 
-@pytest.mark.parametrize("by_segment", [False, True])
-def test_rows_are_added_to_what_is_there(by_segment, monkeypatch):
-    monkeypatch.setattr(rows_module, "adds_by_segment", lambda device: by_segment)
-    sums = torch.tensor([[1.0], [10.0], [100.0], [torch.nan]])
-    add_rows_(sums, torch.tensor([0, 0, 2, 3]), torch.tensor([[1.0], [2.0], [4.0], [8.0]]))
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_are_added_to_what_is_there(in_order, dtype, monkeypatch):
+    monkeypatch.setattr(rows_module, "adds_in_order", lambda device: in_order)
+    sums = torch.tensor([[1.0], [10.0], [100.0], [torch.nan]], dtype=dtype)
+    rows = torch.tensor([[1.0], [4.0], [8.0], [2.0]], dtype=dtype)
+    add_rows_(sums, torch.tensor([0, 2, 3, 0]), rows)
     assert sums[:3, 0].tolist() == [4.0, 10.0, 104.0]
-    if not by_segment:
-        add_rows_(sums, torch.tensor([2, 3, 0]), torch.tensor([[1.0], [2.0], [4.0]]))
-        assert sums[:3, 0].tolist() == [8.0, 10.0, 105.0]
+    assert rows.flatten().tolist() == [1.0, 4.0, 8.0, 2.0]
 
 
-def test_adding_rows_stays_on_their_device_and_reads_nothing_from_it():
+def test_where_threads_race_rows_are_added_by_an_embedding_s_gradient_which_sorts_them():
     sums, to_row = torch.empty(4, 1, device=META), torch.empty(3, dtype=torch.int64, device=META)
-    with mock.patch.object(torch, "arange", wraps=torch.arange) as arange:
+    with mock.patch.object(torch.Tensor, "index_add_") as index_add_:
         add_rows_(sums, to_row, torch.empty(3, 1, device=META))
-    assert [call.kwargs["device"] for call in arange.call_args_list] == [META]
-
-
-def test_those_that_may_not_be_chosen_are_stood_in_for_by_the_lowest_that_may():
-    is_usable = torch.tensor([[True] * 8, [False, True, True, False, True, True, True, True], [False] * 8])
-    survivors = torch.tensor([[0, 2, 5, 7, 1], [0, 3, 4, 6, 0], [0, 1, 2, 3, 4]])
-    origin, is_any = stand_ins(is_usable, survivors, 4)
-    assert origin.tolist() == [[0, 1, 2, 3, 4, 0, 0, 0], [2, 2, 2, 3, 2, 2, 2, 2], [0] * 8]
-    assert is_any.tolist() == [[True], [True], [False]]
-    origin, is_any = stand_ins(is_usable, survivors, 5, n_real=torch.tensor([2, 2, 5]))
-    assert origin.tolist() == [[0, 1, 0, 0, 0], [0] * 5, [0] * 5]
-    assert is_any.tolist() == [[True], [False], [False]]
+    index_add_.assert_not_called()

@@ -28,7 +28,7 @@ class Question:
 
 
 @pytest.fixture
-def ask(monkeypatch):
+def ask():
     """Makes a trial of a kernel that answers as torch does but for ``spoil(similarity, target, is_exact)``."""
 
     def ask(spoil=lambda similarity, target, is_exact: None, dtype=torch.float32, head_dim=32):
@@ -41,8 +41,7 @@ def ask(monkeypatch):
                 spoil(similarity, target, len(questions) == 2)
             return similarity, target
 
-        monkeypatch.setattr(trial, "nearest_survivors", search)
-        return trial.trial(CPU, dtype, head_dim), questions
+        return trial.trial(CPU, dtype, head_dim, search), questions
 
     return ask
 
@@ -80,7 +79,7 @@ def test_both_kernels_are_asked_about_an_exact_and_a_random_ragged_layer(dtype, 
     assert questions[2].keys.isfinite().all(dim=-1).sum() > 500
 
 
-def test_what_is_asked_lies_on_the_device_that_is_asked_about(monkeypatch):
+def test_what_is_asked_lies_on_the_device_that_is_asked_about():
     questions, meta = [], torch.device("meta")
 
     def search(keys, has_finite_value, eviction, *, kernel):
@@ -89,8 +88,7 @@ def test_what_is_asked_lies_on_the_device_that_is_asked_about(monkeypatch):
             raise RuntimeError("no kernel")
         return None, None
 
-    monkeypatch.setattr(trial, "nearest_survivors", search)
-    assert trial.trial(meta, torch.bfloat16, 32) == "RuntimeError: no kernel"
+    assert trial.trial(meta, torch.bfloat16, 32, search) == "RuntimeError: no kernel"
     for question in questions:
         eviction = question.eviction
         tensors = (question.keys, question.has_finite_value, eviction.survivors, eviction.slots, eviction.evicted)
@@ -168,10 +166,10 @@ def test_exact_keys_have_norms_that_are_powers_of_four_and_cosines_that_are_sixt
 
 def test_the_warning_points_at_who_asked(monkeypatch):
     monkeypatch.setattr(trial, "_served", {})
-    monkeypatch.setattr(trial, "trial", lambda device, dtype, head_dim: "it broke")
+    monkeypatch.setattr(trial, "trial", lambda device, dtype, head_dim, search: "it broke")
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        assert not trial.serves(CPU, torch.float16, 64)
+        assert not trial.serves(CPU, torch.float16, 64, nearest_survivors)
     assert [warning.filename for warning in warned] == [__file__]
     assert str(warned[0].message) == (
         "The Triton kernel does not serve torch.float16 keys of head_dim 64 on cpu, so PyTorch's own operations do: "

@@ -9,18 +9,23 @@ The idea comes from [Token Merging](https://arxiv.org/abs/2210.09461) and [D2O](
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isfinite
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels.nearest import naive_nearest_survivors, nearest_survivors
+from kvpress_merging.kernels.buckets import head_slices, is_padding, on_device
+from kvpress_merging.kernels.gates import select_merges
+from kvpress_merging.kernels.nearest import Found, find_nearest, naive_nearest_survivors
 from kvpress_merging.kernels.rows import (
     DEFAULT_TILE_BYTES,
     add_rows_,
-    adds_by_segment,
+    adds_in_order,
     block_bytes,
-    flat_rows,
+    first_rows,
     head_blocks,
     row_norms,
 )
@@ -36,23 +41,32 @@ class Blend:
     keys, values : torch.Tensor
         The survivors after the blend: order, shape, dtype and device of what the press left. The very tensor that the
         press left where nothing can have changed: the keys unless they are blended too, both if nothing was evicted.
-    similarity : torch.Tensor
-        Cosine of each evicted position with its nearest survivor, float32, shape
-        ``(bsz, num_key_value_heads, n_evicted)``; -inf where there is none and in padding.
     weight : torch.Tensor
-        Weight of each evicted position in the mean, float32, same shape; 0 where it was not merged.
-    target : torch.Tensor
-        Index into ``eviction.survivors`` of that nearest survivor, int64, same shape.
-    is_merged : torch.Tensor
-        Which evicted positions were merged (chosen by the gates, with a weight above 0), bool, same shape.
+        Weight of each evicted position in the mean, float32, shape ``(bsz, num_key_value_heads, n_evicted)``; 0 where
+        it was not merged.
+    found : Found
+        The survivor that is nearest to each.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    similarity: torch.Tensor
     weight: torch.Tensor
-    target: torch.Tensor
-    is_merged: torch.Tensor
+    found: Found
+
+    @property
+    def similarity(self) -> torch.Tensor:
+        """Cosine of each evicted position with its nearest survivor, float32; -inf where there is none."""
+        return self.found.similarity
+
+    @property
+    def target(self) -> torch.Tensor:
+        """Index into ``eviction.survivors`` of that survivor, int64; of no meaning where there is none."""
+        return self.found.target
+
+    @property
+    def is_merged(self) -> torch.Tensor:
+        """Which evicted positions were merged (chosen by the gates, with a weight above 0), bool."""
+        return self.weight > 0
 
 
 @torch.no_grad()
@@ -117,112 +131,43 @@ def cosine_blend(
     ValueError
         If ``tile_bytes`` is below 1, or ``kernel`` is unknown or cannot run on these tensors.
     """
-    value_norm = row_norms(values)
-    similarity, target = nearest_survivors(keys, value_norm < torch.inf, eviction, tile_bytes=tile_bytes, kernel=kernel)
+    found = find_nearest(keys, row_norms(values), eviction, tile_bytes=tile_bytes, kernel=kernel)
     if eviction.n_evicted == 0 or eviction.n_survivors == 0:
-        weight = torch.zeros_like(similarity)
-        return Blend(kept_keys, kept_values, similarity, weight, target, torch.zeros_like(target, dtype=torch.bool))
+        return Blend(kept_keys, kept_values, torch.zeros_like(found.cosine), found)
 
-    is_selected = select_merges(
-        similarity,
-        target,
-        eviction.survivors.shape[-1],
-        similarity_threshold=similarity_threshold,
-        merge_fraction=merge_fraction,
-        max_merge_per_token=max_merge_per_token,
-    )
-    weight = similarity.clamp(min=0.0)
+    cosine = found.cosine
+    if merge_fraction < 1.0 or max_merge_per_token > 0:
+        is_selected = select_merges(
+            found.similarity,
+            found.target,
+            eviction.survivors.shape[-1],
+            similarity_threshold=similarity_threshold,
+            merge_fraction=merge_fraction,
+            max_merge_per_token=max_merge_per_token,
+        )
+        cosine = torch.where(is_selected, cosine, 0.0)
+    elif similarity_threshold > 0:
+        cosine = F.threshold(cosine, _before(similarity_threshold), 0.0)
+    # Not a number where both norms are 0, and where a key or value is not finite: fmax makes a 0 of it.
+    one, nothing = _scalar(1.0, keys.device), _scalar(0.0, keys.device)
     if value_norm_weighting:
-        weight *= _value_norm_ratio(value_norm, target, eviction)
-    is_merged = is_selected & (weight > 0)
-    weight = torch.where(is_merged, weight, 0.0)
+        share = found.norm / found.norm_sum
+    else:
+        share = torch.where(found.norm_sum < torch.inf, one, nothing)
+    weight = torch.fmax(share.mul_(cosine), nothing)
 
-    slot = eviction.slots.gather(-1, target)
+    slot = eviction.slots.gather(-1, found.target)
     return Blend(
-        _weighted_means(keys, kept_keys, eviction, weight, slot) if merge_keys else kept_keys,
-        _weighted_means(values, kept_values, eviction, weight, slot),
-        similarity,
-        weight,
-        target,
-        is_merged,
+        _weighted_means(keys, kept_keys, eviction, weight, slot, found.flat) if merge_keys else kept_keys,
+        _weighted_means(values, kept_values, eviction, weight, slot, found.flat),
+        weight.float(),
+        found,
     )
 
 
-def select_merges(
-    similarity: torch.Tensor,
-    target: torch.Tensor,
-    n_survivors: int,
-    *,
-    similarity_threshold: float,
-    merge_fraction: float,
-    max_merge_per_token: int,
-) -> torch.Tensor:
-    """
-    The gates: which evicted positions may merge.
-
-    Eligible are those with a finite similarity of at least ``similarity_threshold``. Of these the
-    ``round(merge_fraction * n_eligible)`` most similar of each head stay (rounded in float64, half to even), and of
-    those at most ``max_merge_per_token`` for each survivor, the most similar first. The lowest position wins each tie.
-
-    Parameters
-    ----------
-    similarity, target : torch.Tensor
-        As :func:`nearest_survivors` returns them, positions ascending along the last axis.
-    n_survivors : int
-        Length of the survivors axis that ``target`` points into.
-    similarity_threshold, merge_fraction, max_merge_per_token
-        See :func:`cosine_blend`.
-
-    Returns
-    -------
-    torch.Tensor
-        bool, shape ``(bsz, num_key_value_heads, n_evicted)``.
-    """
-    is_selected = similarity >= similarity_threshold  # never -inf
-    if merge_fraction == 1.0 and max_merge_per_token == 0:
-        return is_selected
-
-    # Adding 0 turns -0 into 0: some devices would sort the two apart.
-    sortable = similarity.masked_fill(~is_selected, -torch.inf).add_(0.0)
-    order = sortable.sort(dim=-1, descending=True, stable=True).indices
-    place = torch.arange(order.shape[-1], device=order.device)
-    if merge_fraction < 1.0:
-        n_selected = (is_selected.sum(dim=-1, keepdim=True).double() * merge_fraction).round()
-        is_selected = torch.zeros_like(is_selected).scatter_(-1, order, place < n_selected)
-    if max_merge_per_token > 0:
-        # Bring together those that go to the same survivor, the most similar first, and count from each group's start.
-        group = torch.where(is_selected, target, n_survivors).gather(-1, order)
-        group, by_group = group.sort(dim=-1, stable=True)
-        is_start = torch.ones_like(is_selected)
-        is_start[..., 1:] = group[..., 1:] != group[..., :-1]
-        start = torch.where(is_start, place, 0).cummax(dim=-1).values
-        is_within = (place - start < max_merge_per_token) & (group < n_survivors)
-        is_selected = torch.zeros_like(is_selected).scatter_(-1, order.gather(-1, by_group), is_within)
-    return is_selected
-
-
-def _value_norm_ratio(norm: torch.Tensor, target: torch.Tensor, eviction: Eviction) -> torch.Tensor:
-    """
-    ``|v_i| / (|v_i| + |v_j(i)|)`` for each evicted position, 0 where both are 0.
-
-    Parameters
-    ----------
-    norm : torch.Tensor
-        Of the values, as :func:`row_norms` returns them.
-    target : torch.Tensor
-        int64, shape ``(bsz, num_key_value_heads, n_evicted)``.
-    eviction : Eviction
-        Which positions survived and which were evicted.
-
-    Returns
-    -------
-    torch.Tensor
-        float32, shape ``(bsz, num_key_value_heads, n_evicted)``; of no meaning where a value is not finite.
-    """
-    evicted_norm = norm.gather(-1, eviction.evicted)
-    sum_of_norms = norm.gather(-1, eviction.survivors.gather(-1, target)).add_(evicted_norm)
-    # No sum of norms of float32 rows is less, unless it is 0.
-    return (evicted_norm / sum_of_norms.clamp_(min=1e-45)).float()
+def _before(threshold: float) -> float:
+    """The largest float32 below a threshold, so that what is more than it is at least the threshold."""
+    return float(np.nextafter(np.float32(threshold), np.float32(-1)))
 
 
 def _weighted_means(
@@ -231,12 +176,12 @@ def _weighted_means(
     eviction: Eviction,
     weight: torch.Tensor,
     slot: torch.Tensor,
+    flat: torch.Tensor,
 ) -> torch.Tensor:
     """
     ``(r_j + sum w_i r_i) / (1 + sum w_i)`` in the slots j that take something, the rest untouched.
 
-    Each term is multiplied by its share ``w_i / (1 + sum w)`` before it is added, so that every partial sum stays
-    within the hull of the rows and finite rows give a finite mean.
+    In float64, where no sum of finite float32 rows overflows.
 
     Parameters
     ----------
@@ -247,46 +192,67 @@ def _weighted_means(
     eviction : Eviction
         Which positions survived and which were evicted.
     weight : torch.Tensor
-        ``w_i``, float32, shape ``(bsz, num_key_value_heads, n_evicted)``; those that merge nowhere have 0.
+        ``w_i``, float64, shape ``(bsz, num_key_value_heads, n_evicted)``; those that merge nowhere have 0.
     slot : torch.Tensor
         The slot that each goes to, int64, same shape.
+    flat : torch.Tensor
+        Where survivors and evicted positions stand in ``rows``, see :class:`kvpress_merging.kernels.nearest.Found`.
 
     Returns
     -------
     torch.Tensor
         New contiguous tensor like ``kept_rows``.
     """
-    n_slots, head_dim = kept_rows.shape[2:]
-    blended = torch.empty_like(kept_rows, memory_format=torch.contiguous_format)
-    bytes_per_head = 4 * (n_slots + eviction.evicted.shape[-1]) * max(1, head_dim)
-    heads_per_block = max(1, block_bytes(rows.device) // bytes_per_head)
-    limit = torch.finfo(torch.float32).max
-    for b, heads, _, n_evicted in head_blocks(eviction, heads_per_block):
-        kept = kept_rows[b, heads]
-        if n_evicted == 0:
-            blended[b, heads] = kept
-            continue
-        # What merges nowhere goes to one row more than there are slots: it may not be finite.
-        n_rows = len(kept) * n_slots
-        weight_of_row = weight[b, heads, :n_evicted].reshape(-1)
-        to_row = flat_rows(slot[b, heads, :n_evicted], n_slots).masked_fill_(weight_of_row == 0, n_rows)
-        from_row = flat_rows(eviction.evicted[b, heads, :n_evicted], rows.shape[2])
-        if adds_by_segment(rows.device):
-            to_row, order = to_row.sort(stable=True)
-            weight_of_row, from_row = weight_of_row[order], from_row[order]
-        total = torch.zeros(n_rows + 1, dtype=torch.float32, device=rows.device)
-        add_rows_(total, to_row, weight_of_row)
-        own_share = (total + 1).reciprocal_()
-        share = own_share.index_select(0, to_row).mul_(weight_of_row)
+    (n_heads, width), n_evicted, device = flat.shape, weight.shape[-1], rows.device
+    k_len, (n_slots, head_dim) = rows.shape[2], kept_rows.shape[2:]
+    rows, kept = rows.flatten(0, 1), kept_rows.flatten(0, 1)
+    weight, slot = weight.view(n_heads, n_evicted), slot.view(n_heads, n_evicted)
+    total = _one_and_sums(weight, slot, n_slots)
+    flat_slot = slot + first_rows(n_heads, n_slots, device)
 
-        evicted = rows[b, heads].reshape(-1, head_dim).index_select(0, from_row).float()
-        mean = torch.empty(n_rows + 1, head_dim, dtype=torch.float32, device=rows.device)
-        torch.mul(kept, own_share[:-1].view(*kept.shape[:2], 1), out=mean[:-1].view(kept.shape))
-        add_rows_(mean, to_row, evicted.mul_(share[:, None]))
-        # Shares add up to 1 but for rounding, which must not push the largest float32 over the edge.
-        mean = mean[:-1].clamp_(-limit, limit).view(kept.shape).to(kept.dtype)
-        torch.where((total[:-1] > 0).view(*kept.shape[:2], 1), mean, kept, out=blended[b, heads])
+    bytes_per_head = 8 * (n_slots + 2 * n_evicted) * max(1, head_dim)
+    slices = list(head_slices([bytes_per_head] * n_heads, block_bytes(device), block_bytes(device)))
+    blended = torch.empty_like(kept_rows, memory_format=torch.contiguous_format) if len(slices) > 1 else None
+    for heads in slices:
+        from_row, to_row, weight_of_row = flat[heads, width - n_evicted :], flat_slot[heads], weight[heads]
+        if eviction.counts is not None:
+            is_real = ~is_padding(eviction.counts[heads], width - n_evicted, n_evicted)
+            is_real[:, : width - n_evicted] = False
+            in_table, in_lists = (
+                on_device(np.flatnonzero(part), device) for part in (is_real, is_real[:, width - n_evicted :])
+            )
+            from_row = flat[heads].view(-1).index_select(0, in_table)
+            to_row, weight_of_row = (part.view(-1).index_select(0, in_lists) for part in (to_row, weight_of_row))
+        if heads.start:
+            from_row, to_row = from_row - heads.start * k_len, to_row - heads.start * n_slots
+        added = rows[heads].reshape(-1, head_dim)[from_row] * weight_of_row[..., None]
+        sums = kept[heads].to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+        add_rows_(sums.view(-1, head_dim), to_row.view(-1), added.view(-1, head_dim))
+        mean = sums.div_(total[heads, :, None]).to(kept.dtype)
+        # The rest keep their bits; where no position of a head is finite, the sums are not either.
+        takes_some = total[heads, :, None] > 1
+        if blended is None:
+            return torch.where(takes_some.view(*kept_rows.shape[:3], 1), mean.view(kept_rows.shape), kept_rows)
+        torch.where(takes_some, mean, kept[heads], out=blended.flatten(0, 1)[heads])
+    assert blended is not None
     return blended
+
+
+def _one_and_sums(weight: torch.Tensor, slot: torch.Tensor, n_slots: int) -> torch.Tensor:
+    """``1 + sum w_i`` over the i that go to each slot, float64, shape ``(n_heads, n_slots)``."""
+    n_heads, device = len(weight), weight.device
+    one = _scalar(1.0, device).expand(n_heads, n_slots)
+    if adds_in_order(device):
+        return one.scatter_add(1, slot, weight)
+    sums = one.clone(memory_format=torch.contiguous_format)
+    to_row = slot + first_rows(n_heads, n_slots, device)
+    add_rows_(sums.view(-1, 1), to_row.view(-1), weight.reshape(-1, 1))
+    return sums
+
+
+@lru_cache
+def _scalar(value: float, device: torch.device) -> torch.Tensor:
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def naive_cosine_blend(
@@ -330,4 +296,5 @@ def naive_cosine_blend(
                     share = w / (1 + w.sum())
                     mean = rows[b, h, survivor] * (1 - share.sum()) + share @ rows[b, h, evicted[members]].float()
                     after[b, h, slot] = mean.to(after.dtype)
-    return Blend(keys_after if merge_keys else kept_keys, values_after, similarity, weight, target, weight > 0)
+    found = Found(similarity, target, torch.zeros_like(weight), torch.zeros_like(weight), target)
+    return Blend(keys_after if merge_keys else kept_keys, values_after, weight, found)

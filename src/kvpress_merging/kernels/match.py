@@ -19,7 +19,6 @@ from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.nearby import naive_nearest_nearby, nearest_nearby
 from kvpress_merging.kernels.rows import (
     add_rows_,
-    adds_by_segment,
     block_bytes,
     flat_rows,
     gather_rows,
@@ -264,8 +263,7 @@ def _rows_of(target: torch.Tensor, n_survivors: int) -> tuple[torch.Tensor, torc
     The row among all heads' survivors that each evicted position is counted to, and the order that they are in, if it
     is another than the evicted positions' own.
     """
-    to_row = flat_rows(target, n_survivors)
-    return to_row.sort(stable=True) if adds_by_segment(target.device) else (to_row, None)
+    return flat_rows(target, n_survivors), None
 
 
 def _add_counted_(

@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kvpress_merging.kernels.nearest import first_max
 from kvpress_merging.kernels.rows import block_bytes, gather_rows
+from kvpress_merging.kernels.tiles import first_max
 
 WINDOW = 128
 """Survivors among which an evicted position looks for the nearest: about half of them before it, half behind."""

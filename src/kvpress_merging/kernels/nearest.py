@@ -10,28 +10,23 @@ in a few lines, with the whole matrix.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
-from math import isqrt, prod
 
 import torch
-import torch.nn.functional as F
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels.products import ScaledKeys, full_precision, products
-from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, head_blocks, row_norms, stand_ins
+from kvpress_merging.kernels import tiles
+from kvpress_merging.kernels.buckets import is_padding, on_device
+from kvpress_merging.kernels.products import ScaledKeys, full_precision, without_autocast
+from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, first_rows, head_blocks, row_norms
+from kvpress_merging.kernels.trial import serves
 
 KERNELS = ("auto", "torch", "triton")
 """
 The allowed values of ``kernel``: ``"torch"`` holds one tile of cosines at a time, ``"triton"`` none (see
 ``nearest_triton.py``). ``"auto"`` takes the second on CUDA, where it is there and agrees with the first.
 """
-
-# BLAS rounds the last rows and columns of a product differently where they do not fill a vector register. Whole groups
-# of 16 (one AVX-512 register of float32) along both sides, and of 8 along head_dim (see products.py), give each pair of
-# keys the same cosine wherever it stands in the tile and whatever the tile: equal keys then tie exactly.
-_SIDE_MULTIPLE = 16
-# Survivors reduced at once on a CPU: enough groups to share among the cores, few enough candidates for a second round.
-_POOL = 64
 
 
 def naive_nearest_survivors(
@@ -111,6 +106,65 @@ def nearest_survivors(
         If ``tile_bytes`` is below 1, ``kernel`` is not one of :data:`KERNELS`, or it is ``"triton"`` where Triton
         cannot run.
     """
+    value_norm = torch.zeros(has_finite_value.shape, dtype=torch.float64, device=keys.device)
+    found = find_nearest(
+        keys, value_norm.masked_fill_(~has_finite_value, torch.inf), eviction, tile_bytes=tile_bytes, kernel=kernel
+    )
+    similarity = found.similarity
+    return similarity, found.target.masked_fill(similarity == -torch.inf, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """
+    What a search found, before anybody asked where it found nothing.
+
+    All tensors have the shape ``(bsz, num_key_value_heads, n_evicted)`` but ``flat``.
+
+    Parameters
+    ----------
+    cosine : torch.Tensor
+        Of each evicted position with its nearest survivor, float32; of no meaning where ``norm_sum`` is not finite.
+    target : torch.Tensor
+        Index into ``eviction.survivors`` of that survivor, int64.
+    norm, norm_sum : torch.Tensor
+        Norm of the evicted value, and the sum of that and of the survivor's, float64. The second is not finite where
+        either position has a key or value that is not, and in padding.
+    flat : torch.Tensor
+        Where survivors and then evicted positions stand among those of all heads laid end to end, int64, shape
+        ``(bsz * num_key_value_heads, n_survivors + n_evicted)``. One that is not finite, and padding, is stood in for
+        by a survivor that is, if the head has any.
+    """
+
+    cosine: torch.Tensor
+    target: torch.Tensor
+    norm: torch.Tensor
+    norm_sum: torch.Tensor
+    flat: torch.Tensor
+
+    @property
+    def similarity(self) -> torch.Tensor:
+        """The cosine, -inf where there is none."""
+        return torch.where(self.norm_sum < torch.inf, self.cosine, -torch.inf)
+
+
+def find_nearest(
+    keys: torch.Tensor, value_norm: torch.Tensor, eviction: Eviction, *, tile_bytes: int, kernel: str
+) -> Found:
+    """
+    :func:`nearest_survivors`, with what it finds on the way.
+
+    What may not be chosen is marked in the norms of the values: the norm of a key, times 0, is added to them. The
+    survivors that may not be chosen are then stood in for by the lowest of the head that may. Such a copy can only tie
+    with the original, and where it stands before it, the original is meant. Padding is made of the same copies.
+
+    Parameters
+    ----------
+    keys, eviction, tile_bytes, kernel
+        See :func:`nearest_survivors`.
+    value_norm : torch.Tensor
+        As :func:`row_norms` returns it. Overwritten.
+    """
     if tile_bytes < 1:
         raise ValueError(f"tile_bytes must be at least 1, got {tile_bytes}")
     if kernel not in KERNELS:
@@ -118,115 +172,37 @@ def nearest_survivors(
     if kernel == "triton":
         _check_triton_runs(keys)
 
-    norm = row_norms(keys)
-    is_usable = (norm < torch.inf) & has_finite_value
-    scaled = ScaledKeys.of(keys, norm)
-    similarity = torch.full(eviction.evicted.shape, -torch.inf, dtype=torch.float32, device=keys.device)
-    target = torch.zeros_like(eviction.evicted)
+    shape, device = eviction.evicted.shape, keys.device
+    n_heads, k_len = shape[0] * shape[1], keys.shape[2]
+    n_survivors, n_evicted = eviction.survivors.shape[-1], shape[-1]
     if eviction.n_survivors == 0 or eviction.n_evicted == 0:
-        return similarity, target
+        nothing = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
+        target = torch.zeros_like(eviction.evicted)
+        return Found(nothing.float(), target, nothing, nothing, target.view(n_heads, n_evicted))
 
-    if kernel == "triton" or (kernel == "auto" and _triton_serves(keys)):
-        from kvpress_merging.kernels import nearest_triton
+    key_norm = row_norms(keys)
+    positions = eviction.positions
+    norm = value_norm.add_(key_norm, alpha=0).gather(-1, positions)
+    if eviction.counts is not None:
+        is_nothing = on_device(is_padding(eviction.counts, n_survivors, n_evicted), device)
+        norm.masked_fill_(is_nothing.view(norm.shape), torch.inf)
+    norm_of_survivors, norm_of_evicted = norm[..., :n_survivors], norm[..., n_survivors:]
+    is_usable = (norm < torch.inf).view(n_heads, -1)
+    lowest = is_usable[:, :n_survivors].view(torch.uint8).argmax(dim=-1, keepdim=True)
+    flat = positions.view(n_heads, -1) + first_rows(n_heads, k_len, device)
+    flat = torch.where(is_usable, flat, flat.gather(-1, lowest))
 
-        nearest_triton.search(scaled, is_usable, eviction, similarity, target, tile_bytes)
-        return similarity, target
+    scaled = ScaledKeys.of(keys.flatten(0, 1), key_norm.flatten(0, 1))
+    with full_precision(), without_autocast(device):
+        search = tiles.search
+        if kernel == "triton" or (kernel == "auto" and _triton_serves(keys)):
+            from kvpress_merging.kernels import nearest_triton
 
-    heads_per_block, _, _ = tile_shape(
-        eviction.survivors.shape[-1], eviction.evicted.shape[-1], keys.device, tile_bytes
-    )
-    with full_precision():
-        for b, heads, n_survivors, n_evicted in head_blocks(eviction, heads_per_block):
-            if n_survivors == 0 or n_evicted == 0:
-                continue
-            _search(
-                scaled.heads(b, heads),
-                is_usable[b, heads],
-                eviction.survivors[b, heads, :n_survivors],
-                eviction.evicted[b, heads, :n_evicted],
-                similarity[b, heads, :n_evicted],
-                target[b, heads, :n_evicted],
-                tile_bytes,
-            )
-    return similarity, target
-
-
-def _search(
-    scaled: ScaledKeys,
-    is_usable: torch.Tensor,
-    survivors: torch.Tensor,
-    evicted: torch.Tensor,
-    similarity: torch.Tensor,
-    target: torch.Tensor,
-    tile_bytes: int,
-) -> None:
-    """
-    Search a block of heads, tile by tile, and write ``similarity`` and ``target`` in place.
-
-    Shapes are those of :func:`nearest_survivors` without the batch axis and without padding.
-    """
-    n_heads, n_evicted = evicted.shape
-    _, n_rows, n_columns = tile_shape(survivors.shape[-1], n_evicted, evicted.device, tile_bytes)
-    buffer = torch.empty(n_heads * n_rows * n_columns, dtype=torch.float32, device=evicted.device)
-
-    # An evicted position that is not finite spoils its own column alone.
-    origin, is_any = stand_ins(is_usable, survivors, _SIDE_MULTIPLE)
-    positions = survivors.gather(-1, origin)
-    blocks = scaled.rows(positions).split(n_rows, dim=1)
-    inverse_norms = scaled.inverse_norms(positions)
-    norms_of_blocks = [None] * len(blocks) if inverse_norms is None else inverse_norms.split(n_rows, dim=1)
-    n_missing = -n_evicted % _SIDE_MULTIPLE
-    queries = F.pad(evicted, (0, n_missing)) if n_missing else evicted
-
-    found = []
-    for block_of_queries in queries.split(n_columns, dim=1):
-        query_keys = scaled.rows(block_of_queries).transpose(1, 2)
-        best, index = _best_of_block(blocks[0], query_keys, norms_of_blocks[0], buffer)
-        for number, block in enumerate(blocks[1:], start=1):
-            best_of_block, row = _best_of_block(block, query_keys, norms_of_blocks[number], buffer)
-            is_better = best_of_block > best
-            best = torch.where(is_better, best_of_block, best)
-            index = torch.where(is_better, row.add_(number * n_rows), index)
-        found.append((best, index))
-    best, index = found[0] if len(found) == 1 else (torch.cat(parts, dim=1) for parts in zip(*found))
-
-    cosine, index = best[:, :n_evicted], index[:, :n_evicted]
-    if (inverse_norms_of_queries := scaled.inverse_norms(evicted)) is not None:
-        cosine = cosine * inverse_norms_of_queries
-    is_found = is_usable.gather(-1, evicted) & is_any
-    torch.where(is_found, cosine, similarity, out=similarity)
-    torch.where(is_found, origin.gather(-1, index), target, out=target)
-
-
-def _best_of_block(
-    block: torch.Tensor, query_keys: torch.Tensor, inverse_norms: torch.Tensor | None, buffer: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The best product of each query with a block of survivors, and the first row that has it.
-
-    Parameters
-    ----------
-    block, query_keys : torch.Tensor
-        Shapes ``(n_heads, n_rows, head_dim)`` and ``(n_heads, head_dim, n_columns)``.
-    inverse_norms : torch.Tensor or None
-        What to multiply the block's products with, float32, shape ``(n_heads, n_rows)``.
-    buffer : torch.Tensor
-        float32, for the products: allocated once, since one for each block would break up the C library's heap.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        float32 and int64, shape ``(n_heads, n_columns)``.
-    """
-    shape = (*block.shape[:2], query_keys.shape[2])
-    tile = products(block, query_keys, out=buffer[: prod(shape)].view(shape))
-    if inverse_norms is not None:
-        tile.mul_(inverse_norms[:, :, None])
-    best, row = first_max(tile, _POOL)
-    if best.shape[1] > 1:
-        best, group = first_max(best, best.shape[1])
-        row = row.gather(1, group)
-    return best[:, 0], row[:, 0]
+            search = nearest_triton.search
+        cosine, index = search(scaled, flat, n_survivors, eviction.counts, tile_bytes)
+    target = torch.maximum(index, lowest).view(shape)
+    norm_sum = norm_of_survivors.gather(-1, target).add_(norm_of_evicted)
+    return Found(cosine.view(shape), target, norm_of_evicted, norm_sum, flat)
 
 
 def _check_triton_runs(keys: torch.Tensor) -> None:
@@ -242,49 +218,4 @@ def _triton_serves(keys: torch.Tensor) -> bool:
     """Whether ``"auto"`` takes the Triton kernel. Triton is imported only where it may serve."""
     if keys.device.type != "cuda" or find_spec("triton") is None:
         return False
-    from kvpress_merging.kernels.trial import serves
-
-    return serves(keys.device, keys.dtype, keys.shape[-1])
-
-
-def tile_shape(n_survivors: int, n_evicted: int, device: torch.device, tile_bytes: int) -> tuple[int, int, int]:
-    """
-    Heads, survivors and evicted positions of one tile: twice as many survivors as evicted where there is a choice.
-
-    Survivors and evicted positions come in multiples of ``_SIDE_MULTIPLE``.
-    """
-
-    def multiple(n: int) -> int:
-        return max(1, n // _SIDE_MULTIPLE) * _SIDE_MULTIPLE
-
-    n_cosines = block_bytes(device, tile_bytes) // 4
-    n_rows = min(multiple(isqrt(2 * n_cosines)), multiple(n_survivors + _SIDE_MULTIPLE - 1))
-    n_columns = min(multiple(n_cosines // n_rows), multiple(n_evicted + _SIDE_MULTIPLE - 1))
-    return max(1, n_cosines // (n_rows * n_columns)), n_rows, n_columns
-
-
-def first_max(tile: torch.Tensor, rows_per_group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Largest entry of each column, and the lowest row that has it, in each group of rows.
-
-    Parameters
-    ----------
-    tile : torch.Tensor
-        float32, shape ``(n_heads, n_rows, n_columns)``, contiguous.
-    rows_per_group : int
-        Rows that a CPU searches together. Other devices take all rows for one group.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        The maxima, float32, and their rows, int64, each of shape ``(n_heads, n_groups, n_columns)``.
-    """
-    if tile.device.type != "cpu":
-        best, row = tile.max(dim=1, keepdim=True)
-        return best, row
-    # On a CPU ``max`` with indices runs one number at a time. Max pooling over an image of n_rows x 1 pixels with
-    # n_columns channels, stored channels last, is the same search, vectorised: it too keeps the first of equals.
-    image = tile.unsqueeze(2).permute(0, 3, 1, 2)
-    window = (min(rows_per_group, tile.shape[1]), 1)
-    best, row = F.max_pool2d(image, window, ceil_mode=True, return_indices=True)
-    return best[..., 0].transpose(1, 2), row[..., 0].transpose(1, 2)
+    return serves(keys.device, keys.dtype, keys.shape[-1], nearest_survivors)

@@ -10,20 +10,19 @@ over the columns once, at the end. Import this module only where Triton is wante
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from kvpress_merging.eviction import Eviction
+from kvpress_merging.kernels.buckets import Counts, head_slices, on_device
 from kvpress_merging.kernels.products import ScaledKeys
-from kvpress_merging.kernels.rows import stand_ins
 
-MOST_HEAD_DIM = 256
+MAX_HEAD_DIM = 256
 """Longest keys that fit a GPU's shared memory as the kernel lays them out."""
 
-_LEAST_HEAD_DIM = 16  # of what tl.dot takes
+_MIN_HEAD_DIM = 16  # of what tl.dot takes
 
 
 @triton.jit(do_not_specialize=["n_survivors", "n_queries"])  # type: ignore[untyped-decorator]
@@ -114,7 +113,7 @@ def launch_options(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     Chosen so that, for sm_80, sm_90 and sm_100, nothing spills out of the registers and shared memory stays under the
     99 KiB that a block may have on every GPU since Ampere.
     """
-    padded = max(_LEAST_HEAD_DIM, triton.next_power_of_2(head_dim))
+    padded = max(_MIN_HEAD_DIM, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:
         queries, survivors, stages = 64, 64 if padded <= 128 else 32, 2
     else:
@@ -155,84 +154,54 @@ def first_best(
 
 
 def search(
-    scaled: ScaledKeys,
-    is_usable: torch.Tensor,
-    eviction: Eviction,
-    similarity: torch.Tensor,
-    target: torch.Tensor,
-    tile_bytes: int,
-) -> None:
+    scaled: ScaledKeys, flat: torch.Tensor, n_survivors: int, counts: Counts | None, tile_bytes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Search all heads and write ``similarity`` and ``target`` in place.
+    The best cosine of each evicted position and the first survivor that has it.
 
     Copies the keys of one head, or of as many as fit ``tile_bytes``, in the order in which the kernel reads them.
 
     Parameters
     ----------
     scaled : ScaledKeys
-        The keys of the layer.
-    is_usable : torch.Tensor
-        Where key and value are finite, bool, shape ``(bsz, num_key_value_heads, k_len)``.
-    eviction, similarity, target, tile_bytes
-        See :func:`kvpress_merging.kernels.nearest.nearest_survivors`.
+        The keys of all heads.
+    flat : torch.Tensor
+        Where survivors and then evicted positions stand among all heads' laid end to end, int64, shape
+        ``(n_heads, n_survivors + n_evicted)``. All may be chosen, unless none of the head may.
+    n_survivors, counts, tile_bytes
+        See :func:`kvpress_merging.kernels.nearest.find_nearest`.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        float32 and int64, shape ``(n_heads, n_evicted)``; indices are below ``n_survivors``.
     """
-    bsz, num_key_value_heads, n_survivors = eviction.survivors.shape
-    n_evicted = eviction.evicted.shape[-1]
-    counts = _counts(eviction)
-    keys = scaled.keys
-    bytes_per_head = (n_survivors + n_evicted) * keys.shape[-1] * min(4, keys.element_size())
-    heads_per_block = max(1, tile_bytes // bytes_per_head)
-    for b in range(bsz):
-        for h in range(0, num_key_value_heads, heads_per_block):
-            heads = slice(h, min(h + heads_per_block, num_key_value_heads))
-            _search_heads(
-                scaled.heads(b, heads),
-                is_usable[b, heads],
-                eviction.survivors[b, heads],
-                eviction.evicted[b, heads],
-                counts[b, heads],
-                similarity[b, heads],
-                target[b, heads],
-            )
+    (n_heads, width), (k_len, head_dim) = flat.shape, scaled.keys.shape[1:]
+    n_evicted = width - n_survivors
+    options = launch_options(scaled.row_dtype, head_dim)
+    sizes = np.array(counts or [(n_survivors, n_evicted)] * n_heads, dtype=np.int32)
+    survivors, evicted = flat[:, :n_survivors], flat[:, n_survivors:]
+    if counts is not None:
+        is_real = on_device(np.arange(n_survivors) < sizes[:, :1], flat.device)
+        survivors = torch.where(is_real, survivors, survivors[:, :1])
+    n_missing, n_missing_queries = -n_survivors % options["BLOCK_SURVIVORS"], -n_evicted % options["BLOCK_QUERIES"]
+    if n_missing:
+        survivors = torch.cat([survivors, survivors[:, :1].expand(-1, n_missing)], dim=1)
+    if n_missing_queries:
+        evicted = torch.cat([evicted, evicted[:, :1].expand(-1, n_missing_queries)], dim=1)
 
-
-def _search_heads(
-    scaled: ScaledKeys,
-    is_usable: torch.Tensor,
-    survivors: torch.Tensor,
-    evicted: torch.Tensor,
-    counts: torch.Tensor,
-    similarity: torch.Tensor,
-    target: torch.Tensor,
-) -> None:
-    n_evicted = evicted.shape[-1]
-    options = launch_options(scaled.row_dtype, scaled.keys.shape[-1])
-    origin, is_any = stand_ins(is_usable, survivors, options["BLOCK_SURVIVORS"], n_real=counts[:, 0])
-    positions = survivors.gather(-1, origin)
-    queries = F.pad(evicted, (0, -n_evicted % options["BLOCK_QUERIES"]))
-    best, index = first_best(
-        scaled.rows(queries), scaled.rows(positions), scaled.inverse_norms(positions), counts.contiguous()
-    )
-    cosine, index = best[:, :n_evicted], index[:, :n_evicted].long()
-    if (inverse_norms := scaled.inverse_norms(evicted)) is not None:
-        cosine = cosine * inverse_norms
-    is_real = torch.arange(n_evicted, device=evicted.device) < counts[:, 1:]
-    is_found = is_usable.gather(-1, evicted) & is_any & is_real
-    torch.where(is_found, cosine, similarity, out=similarity)
-    torch.where(is_found, origin.gather(-1, index), target, out=target)
-
-
-def _counts(eviction: Eviction) -> torch.Tensor:
-    """How many survive and are evicted in each head, int32, shape ``(bsz, num_key_value_heads, 2)``; no waiting."""
-    device, n_survivors = eviction.survivors.device, eviction.survivors.shape[-1]
-    shape = (*eviction.survivors.shape[:2], 2)
-    if eviction.counts is not None:
-        # From page-locked memory, since a copy from any other waits for the device.
-        counts = torch.tensor(eviction.counts, dtype=torch.int32, pin_memory=device.type == "cuda")
-        return counts.view(shape).to(device, non_blocking=True)
-    counts = torch.full(shape, n_survivors, dtype=torch.int32, device=device)
-    counts[..., 1] = eviction.evicted.shape[-1]
-    return counts
+    n_real, found = on_device(sizes, flat.device), []
+    bytes_per_head = width * head_dim * min(4, scaled.keys.element_size())
+    for heads in head_slices([bytes_per_head] * n_heads, tile_bytes, tile_bytes):
+        of_block, offset = scaled[heads], heads.start * k_len
+        to_search, queries = survivors[heads] - offset, evicted[heads] - offset
+        best, index = first_best(
+            of_block.rows(queries), of_block.rows(to_search), of_block.inverse_norms(to_search), n_real[heads]
+        )
+        inverse_norms = of_block.inverse_norms(queries)
+        found.append((best if inverse_norms is None else best * inverse_norms, index))
+    best, index = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found))
+    return best[:, :n_evicted], index[:, :n_evicted].clamp(max=n_survivors - 1).long()
 
 
 def check_runs(device: torch.device, head_dim: int) -> None:
@@ -242,7 +211,7 @@ def check_runs(device: torch.device, head_dim: int) -> None:
     Raises
     ------
     ValueError
-        If it cannot: on a CPU outside Triton's interpreter, or where keys are longer than :data:`MOST_HEAD_DIM`.
+        If it cannot: on a CPU outside Triton's interpreter, or where keys are longer than :data:`MAX_HEAD_DIM`.
     """
     if isinstance(first_best_kernel, InterpretedFunction):
         if device.type != "cpu":
@@ -252,5 +221,5 @@ def check_runs(device: torch.device, head_dim: int) -> None:
             f"kernel='triton' needs a GPU, got tensors on {device}; use kernel='torch' (or set TRITON_INTERPRET=1 "
             "before the first import of triton, to try the kernel on a CPU, slowly)"
         )
-    if head_dim > MOST_HEAD_DIM:
-        raise ValueError(f"kernel='triton' takes keys of head_dim up to {MOST_HEAD_DIM}, got {head_dim}")
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"kernel='triton' takes keys of head_dim up to {MAX_HEAD_DIM}, got {head_dim}")

@@ -10,14 +10,12 @@ exact as converting them first, and keeps tensor cores busy. The norms then have
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-
-from kvpress_merging.kernels.rows import gather_rows
 
 # BLAS rounds the last columns of a product differently where they do not fill a vector register, see nearest.py.
 _HEAD_DIM_MULTIPLE = 8
@@ -42,7 +40,7 @@ class ScaledKeys:
     Parameters
     ----------
     keys : torch.Tensor
-        Shape ``(bsz, num_key_value_heads, k_len, head_dim)``, or that of some heads of it.
+        Shape ``(n_heads, k_len, head_dim)``.
     factor : torch.Tensor or None
         By how much to multiply each row before the product, shape of ``keys`` without ``head_dim``. Float32 keys: one
         over the square root of the norm, to be applied twice (one over the norm itself may be too large or too small
@@ -67,6 +65,7 @@ class ScaledKeys:
         """
         finfo = torch.finfo(torch.float32 if keys.dtype == torch.float64 else keys.dtype)
         norm = norm.clamp_(min=finfo.smallest_normal * finfo.eps)
+        keys = keys.float() if keys.dtype == torch.float64 else keys
         if not multiplies_16_bits(keys.device, keys.dtype):
             return cls(keys, norm.rsqrt_().float(), None)
         if keys.dtype == torch.float16:
@@ -81,42 +80,47 @@ class ScaledKeys:
         """Dtype of what :meth:`rows` returns: float32, or the 16 bits of the cache."""
         return torch.float32 if self.inverse_norm is None else self.keys.dtype
 
-    def heads(self, b: int, heads: slice) -> ScaledKeys:
-        """Some heads of a batch row: without the batch axis, as the methods below take them."""
-        factor = None if self.factor is None else self.factor[b, heads]
-        return ScaledKeys(
-            self.keys[b, heads], factor, None if self.inverse_norm is None else self.inverse_norm[b, heads]
-        )
+    def __getitem__(self, heads: slice) -> ScaledKeys:
+        """Some of the heads."""
+        if heads.stop - heads.start == len(self.keys):
+            return self
+        factor = None if self.factor is None else self.factor[heads]
+        return ScaledKeys(self.keys[heads], factor, None if self.inverse_norm is None else self.inverse_norm[heads])
 
-    def rows(self, positions: torch.Tensor) -> torch.Tensor:
+    def rows(self, flat: torch.Tensor) -> torch.Tensor:
         """
-        The multiplied keys at these positions, ``head_dim`` padded with zeros to a multiple of 8.
+        The multiplied keys at these places, ``head_dim`` padded with zeros to a multiple of 8.
 
         Parameters
         ----------
-        positions : torch.Tensor
-            int64, shape ``(n_heads, n)``.
+        flat : torch.Tensor
+            Positions in the heads laid end to end, int64.
 
         Returns
         -------
         torch.Tensor
-            New tensor of shape ``(n_heads, n, padded head_dim)``, float32 or the 16 bits of the cache.
+            New tensor of shape ``(*flat.shape, padded head_dim)``, float32 or the 16 bits of the cache.
         """
-        rows = gather_rows(self.keys, positions).to(self.row_dtype)
+        rows = self.keys
         if self.factor is not None:
-            factor = self.factor.gather(-1, positions)[..., None]
-            rows.mul_(factor)
+            rows = rows * self.factor[..., None]
             if self.inverse_norm is None:
-                rows.mul_(factor)
+                rows.mul_(self.factor[..., None])
+        elif rows.dtype != self.row_dtype:
+            rows = rows.to(self.row_dtype)
         n_missing = -rows.shape[-1] % _HEAD_DIM_MULTIPLE
-        return F.pad(rows, (0, n_missing)) if n_missing else rows
+        if n_missing:
+            rows = F.pad(rows, (0, n_missing))
+        return rows.reshape(-1, rows.shape[-1]).index_select(0, flat.reshape(-1)).view(*flat.shape, -1)
 
-    def inverse_norms(self, positions: torch.Tensor) -> torch.Tensor | None:
-        """What is left to multiply the products of these rows with, float32, shape of ``positions``; None if 1."""
-        return None if self.inverse_norm is None else self.inverse_norm.gather(-1, positions)
+    def inverse_norms(self, flat: torch.Tensor) -> torch.Tensor | None:
+        """What is left to multiply the products of these rows with, float32, shape of ``flat``; None if 1."""
+        if self.inverse_norm is None:
+            return None
+        return self.inverse_norm.reshape(-1).index_select(0, flat.reshape(-1)).view(flat.shape)
 
 
-def products(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def products(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """
     ``rows @ columns`` for each head, added up and written in float32.
 
@@ -124,14 +128,20 @@ def products(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor) -> to
     ----------
     rows, columns : torch.Tensor
         Shapes ``(n_heads, n_rows, head_dim)`` and ``(n_heads, head_dim, n_columns)``, of one dtype: float32 or 16 bits.
-    out : torch.Tensor
-        float32, shape ``(n_heads, n_rows, n_columns)``. An ``out`` also keeps autocast from taking fewer bits.
+    out : torch.Tensor, optional
+        Where to write them, float32, shape ``(n_heads, n_rows, n_columns)``.
     """
     if rows.dtype == torch.float32:
         return torch.bmm(rows, columns, out=out)
     if rows.device.type == "cpu":
         return torch.bmm(rows.float(), columns.float(), out=out)
     return torch.bmm(rows, columns, out_dtype=torch.float32, out=out)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the dtype of their factors, also inside an autocast region."""
+    is_available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if is_available else nullcontext()
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a cache layer: walked head by head under a memory budget, gathered by position, measured, added up."""
+"""Rows of a cache layer: gathered by position, measured, added up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 
@@ -53,10 +54,22 @@ def head_blocks(eviction: Eviction, heads_per_block: int) -> Iterator[tuple[int,
             yield b, slice(h, min(h + heads_per_block, num_key_value_heads)), n_survivors, eviction.evicted.shape[-1]
 
 
+@lru_cache(maxsize=64)
+def first_rows(n_heads: int, n_rows: int, device: torch.device) -> torch.Tensor:
+    """
+    Where the rows of each head begin when all heads lie one after the other with ``n_rows`` rows each.
+
+    Returns
+    -------
+    torch.Tensor
+        int64, shape ``(n_heads, 1)``. Shared by all who ask for the same: not to be written.
+    """
+    return (torch.arange(n_heads, device=device) * n_rows)[:, None]
+
+
 def flat_rows(positions: torch.Tensor, n_rows: int) -> torch.Tensor:
-    """Where each head's rows stand among the rows of all: of the positions, int64, shape ``(n_heads, n)``, in a row."""
-    first_row = torch.arange(0, len(positions) * n_rows, n_rows, device=positions.device)
-    return (positions + first_row[:, None]).view(-1)
+    """Positions in ``n_heads`` heads, int64, shape ``(n_heads, n)``, as a list of rows of all heads laid end to end."""
+    return (positions + first_rows(len(positions), n_rows, positions.device)).view(-1)
 
 
 def gather_rows(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -115,9 +128,9 @@ def row_norms(rows: torch.Tensor) -> torch.Tensor:
     """
     if rows.dtype == torch.float64:
         rows = rows.float()
-    # Block by block, since PyTorch makes a float64 copy of what it is given.
+    # Block by block, since PyTorch makes a float64 copy of what it is given; what is nearly one block is one.
     copy_bytes = _CPU_COPY_BYTES if rows.device.type == "cpu" else DEFAULT_TILE_BYTES
-    if 8 * rows.numel() <= copy_bytes:
+    if 8 * rows.numel() <= 2 * copy_bytes:
         return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
     norms = torch.empty(rows.shape[:-1], dtype=torch.float64, device=rows.device)
     k_len, head_dim = rows.shape[2:]
@@ -130,68 +143,29 @@ def row_norms(rows: torch.Tensor) -> torch.Tensor:
     return norms
 
 
-def adds_by_segment(device: torch.device) -> bool:
-    """Whether :func:`add_rows_` wants the rows that go to one place beside each other: everywhere but on a CPU."""
-    return device.type != "cpu"
+def adds_in_order(device: torch.device) -> bool:
+    """Whether ``index_add_`` adds in the order of the rows: on a CPU alone."""
+    return device.type == "cpu"
 
 
 def add_rows_(sums: torch.Tensor, to_row: torch.Tensor, rows: torch.Tensor) -> None:
     """
-    ``sums[to_row] += rows`` in place, each sum in the order of the rows, so that every run gives the same bits.
+    ``sums[to_row] += rows`` in place, so that every run gives the same bits.
 
-    CUDA's ``index_add_`` adds in the order in which threads come by, so there each sum is taken over a segment of rows.
+    CUDA's ``index_add_`` adds in the order in which threads come by. There the sums are those of an embedding's
+    gradient: PyTorch sorts by row and adds a few rows at a time, then these partial sums, so that many rows that go to
+    one are shared among threads.
 
     Parameters
     ----------
     sums : torch.Tensor
-        float32, shape ``(n_rows, ...)``.
+        float32 or float64, shape ``(n_rows, n)``.
     to_row : torch.Tensor
-        int64, shape ``(n,)``; ascending where :func:`adds_by_segment`.
+        int64, shape ``(n_added,)``.
     rows : torch.Tensor
-        float32, shape ``(n, ...)``.
+        Shape ``(n_added, n)``, dtype of ``sums``.
     """
-    if not adds_by_segment(rows.device):
+    if adds_in_order(rows.device):
         sums.index_add_(0, to_row, rows)
         return
-    bounds = torch.searchsorted(to_row, torch.arange(len(sums) + 1, device=rows.device))
-    # Not checked, since PyTorch would wait for the device to check that no segment has a negative length.
-    sums += torch.segment_reduce(rows, "sum", offsets=bounds, initial=0, unsafe=True)
-
-
-def stand_ins(
-    is_usable: torch.Tensor, survivors: torch.Tensor, multiple_of: int, n_real: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The survivors to search, with a copy of the lowest that may be chosen in place of each that may not.
-
-    Such a copy can only tie with the original, and is read as it. Padding is made of the same copies.
-
-    Parameters
-    ----------
-    is_usable : torch.Tensor
-        Which positions may be chosen, bool, shape ``(n_heads, k_len)``.
-    survivors : torch.Tensor
-        int64, shape ``(n_heads, n_survivors)``.
-    multiple_of : int
-        The number of survivors to search is a multiple of it.
-    n_real : torch.Tensor, optional
-        How many survivors each head has, int, shape ``(n_heads,)``; what stands after them is padding.
-
-    Returns
-    -------
-    origin : torch.Tensor
-        Index into ``survivors`` of each one to search, int64, shape ``(n_heads, padded n_survivors)``.
-    is_any : torch.Tensor
-        Whether the head has one that may be chosen, bool, shape ``(n_heads, 1)``.
-    """
-    n_survivors = survivors.shape[-1]
-    place = torch.arange(n_survivors, device=survivors.device)
-    is_target = is_usable.gather(-1, survivors)
-    if n_real is not None:
-        is_target &= place < n_real[:, None]
-    lowest = is_target.view(torch.uint8).argmax(dim=-1, keepdim=True)
-    origin = torch.where(is_target, place, lowest)
-    n_missing = -n_survivors % multiple_of
-    if n_missing > 0:
-        origin = torch.cat([origin, lowest.expand(-1, n_missing)], dim=-1)
-    return origin, is_target.gather(-1, lowest)
+    sums += torch.ops.aten.embedding_dense_backward(rows, to_row, len(sums), -1, False)

@@ -5,24 +5,27 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels.nearest import nearest_survivors
 
 _served: dict[tuple[torch.device, torch.dtype, int], bool] = {}
 
 
-def serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+def serves(
+    device: torch.device, dtype: torch.dtype, head_dim: int, search: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+) -> bool:
     """
     Whether the kernel agrees with the torch path on a small trial, made once for each device, dtype and ``head_dim``.
 
-    The trial waits for the device. Where it fails, one warning says how.
+    The trial waits for the device. Where it fails, one warning says how. ``search`` is
+    :func:`kvpress_merging.kernels.nearest.nearest_survivors`.
     """
     key = (device, dtype, head_dim)
     if key not in _served:
-        failure = trial(*key)
+        failure = trial(*key, search)
         if failure is not None:
             warnings.warn(
                 f"The Triton kernel does not serve {dtype} keys of head_dim {head_dim} on {device}, so PyTorch's own "
@@ -34,7 +37,9 @@ def serves(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     return _served[key]
 
 
-def trial(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def trial(
+    device: torch.device, dtype: torch.dtype, head_dim: int, search: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+) -> str | None:
     """
     Search two small layers with the kernel and with torch.
 
@@ -62,9 +67,9 @@ def trial(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None
         keys[[0, k_len + 3, 2 * k_len - 5]] = torch.nan
         keys[[5, k_len - 20]] = 0
         keys = keys.view(1, 2, k_len, head_dim).to(device, dtype)
-        by_torch = nearest_survivors(keys, has_finite_value, eviction, kernel="torch")
+        by_torch = search(keys, has_finite_value, eviction, kernel="torch")
         try:
-            by_triton = nearest_survivors(keys, has_finite_value, eviction, kernel="triton")
+            by_triton = search(keys, has_finite_value, eviction, kernel="triton")
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         # The target of an evicted key that is not finite has no meaning.

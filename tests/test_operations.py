@@ -1,0 +1,18 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a press asks of the device for each layer, over the bare press: at most so many operations."""
+
+from __future__ import annotations
+
+import pytest
+
+from evaluation.speed_operations import operations_per_layer
+
+MAX_OPERATIONS = {("merging", "even"): 40, ("merging", "ragged"): 70}
+
+
+@pytest.mark.parametrize(("heads", "bsz"), [(2, 1), (4, 1), (16, 1), (2, 3), (4, 3), (16, 3)])
+@pytest.mark.parametrize(("press", "eviction"), MAX_OPERATIONS)
+def test_a_layer_takes_few_operations_whatever_the_number_of_heads_and_rows(press, eviction, heads, bsz):
+    n_operations, by_line = operations_per_layer(press, eviction, num_key_value_heads=heads, bsz=bsz)
+    assert n_operations <= MAX_OPERATIONS[press, eviction], by_line
