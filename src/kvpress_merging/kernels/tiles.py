@@ -54,7 +54,7 @@ def search(
     bytes_of_heads = [4 * whole_groups(n) * whole_groups(m) for n, m in sizes]
     max_block = block_bytes(flat.device, tile_bytes)
     # Many small tiles are made in one go, large ones as they stay in a CPU's caches.
-    max_bytes = tile_bytes if max(bytes_of_heads) <= max_block // 16 else max_block
+    max_bytes = tile_bytes if max(bytes_of_heads) <= max_block // 8 else max_block
     found = []
     for heads in head_slices(bytes_of_heads, max_bytes, max_block):
         block = flat[heads] - heads.start * k_len if heads.start else flat[heads]
