@@ -43,11 +43,30 @@ def prefill(model: PreTrainedModel, window: Window, press: BasePress | None) -> 
         model.model(input_ids=context_ids, past_key_values=cache)
     synchronize(model.device)
     seconds = time.perf_counter() - started
-    start = context_ids.shape[1]
-    # Where kvpress's pipeline goes on: these presses renumber what they keep, or append to it.
+    return cache, continuation_start(press, cache, context_ids.shape[1]), seconds
+
+
+def continuation_start(press: BasePress | None, cache: DynamicCache, context_length: int) -> int:
+    """
+    Position of the first token after a prefill, where kvpress's pipeline goes on.
+
+    Parameters
+    ----------
+    press : BasePress or None
+        The press that was used.
+    cache : DynamicCache
+        What it left.
+    context_length : int
+        Tokens that were prefilled.
+
+    Returns
+    -------
+    int
+        ``context_length``, or the length of the cache with a press that renumbers what it keeps or appends to it.
+    """
     if press is not None and (rotates_keys(press) or isinstance(press, RestoreKVPress)):
-        start = cache.get_seq_length()
-    return cache, start, seconds
+        return cache.get_seq_length()
+    return context_length
 
 
 def read_continuation(
