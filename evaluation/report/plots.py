@@ -1,0 +1,269 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of a report: scores and times against the compression ratio, and differences as a heat map."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from evaluation.report.tables import ALPHA, number
+
+# Okabe and Ito's palette, which people with any colour vision can tell apart, without its yellow and black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = "osD^vPX*<>"
+_LINES = {"bare": (0, (4, 2)), "merged": "-", "matching": (0, (1, 1.2))}
+_VARIANT_LINES = ((0, (6, 1.5, 1, 1.5)), (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)))
+
+# What stands for the colour of text, which is black in a file and the page's own in a page.
+_INK = "#010203"
+
+_STYLE: dict[str, Any] = {
+    "font.size": 11,
+    "font.family": "sans-serif",
+    # A short list: an SVG repeats it at each text.
+    "font.sans-serif": ["DejaVu Sans"],
+    "svg.fonttype": "none",
+    # A name may hold dollar signs.
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#88888840",
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), _INK
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """
+    A figure, and what is said about it.
+
+    Parameters
+    ----------
+    name : str
+        Of its files: a number, words, and what kind of plot it is, with hyphens between.
+    title : str
+        What it shows.
+    figure : Figure
+        The figure.
+    """
+
+    name: str
+    title: str
+    figure: Figure
+
+
+class Styles:
+    """
+    One colour and marker for each press, one line for each kind, over all plots of a report.
+
+    Parameters
+    ----------
+    presses, kinds : sequence of str
+        All that there are.
+    """
+
+    def __init__(self, presses: Sequence[str], kinds: Sequence[str]):
+        self._places = {press: i for i, press in enumerate(presses)}
+        variants = [kind for kind in kinds if kind not in _LINES]
+        self._lines = {**_LINES, **{kind: _VARIANT_LINES[i % 3] for i, kind in enumerate(variants)}}
+
+    def of_press(self, press: str) -> dict[str, Any]:
+        """Colour and marker; grey for a press that no run has."""
+        if press not in self._places:
+            return {"color": "#777777", "marker": "o"}
+        place = self._places[press]
+        return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+
+    def of_kind(self, kind: str) -> Any:
+        """Line style."""
+        return self._lines[kind]
+
+
+def plot_lines(
+    points: pd.DataFrame,
+    styles: Styles,
+    ylabel: str,
+    *,
+    full: float | None = None,
+    references: Sequence[dict[str, Any]] = (),
+) -> Figure:
+    """
+    A value against the compression ratio, one line for each press and kind.
+
+    Parameters
+    ----------
+    points : pd.DataFrame
+        Columns ``press``, ``kind``, ``ratio`` and ``value``.
+    styles : Styles
+        Colours and lines.
+    ylabel : str
+        What the value is, and which way is better.
+    full : float, optional
+        With the full cache, drawn as a line.
+    references : sequence of dict
+        Published values, drawn as hollow markers: ``press``, ``compression_ratio`` and ``score``.
+    """
+    with mpl.rc_context(_style()):
+        figure = Figure(figsize=(5, 4.4), layout="constrained")
+        axes = figure.subplots()
+        if full is not None:
+            axes.axhline(full, color=_INK, linewidth=1.2, alpha=0.6, gid="full-cache")
+        points = points.dropna()
+        for (press, kind), line in points.groupby(["press", "kind"], sort=False):
+            line = line.sort_values("ratio", kind="stable")
+            style = styles.of_press(press)
+            axes.plot(
+                line["ratio"], line["value"], linestyle=styles.of_kind(kind), markersize=5, linewidth=1.8, **style
+            )
+        for row in references:
+            style = styles.of_press(row["press"])
+            axes.plot(
+                [float(row["compression_ratio"])],
+                [float(row["score"])],
+                style["marker"],
+                color=style["color"],
+                markerfacecolor="none",
+                markersize=13,
+                markeredgewidth=2,
+                zorder=4,
+            )
+        axes.set_xlabel("compression ratio")
+        axes.set_ylabel(ylabel)
+        axes.margins(y=0.08)
+        if points["ratio"].nunique() <= 6:
+            axes.set_xticks(sorted(points["ratio"].unique()))
+        presses = [
+            Line2D([], [], label=press, linestyle="none", **styles.of_press(press))
+            for press in _unique(points["press"])
+        ]
+        handles = []
+        for kind in _unique(points["kind"]):
+            handles.append(Line2D([], [], label=kind, linestyle=styles.of_kind(kind), color=_INK, linewidth=1.8))
+        if full is not None:
+            handles.append(Line2D([], [], label="full cache", color=_INK, linewidth=1.2, alpha=0.6))
+        if references:
+            hollow: dict[str, Any] = {
+                "marker": "o",
+                "markerfacecolor": "none",
+                "linestyle": "none",
+                "color": _INK,
+                "markersize": 9,
+            }
+            handles.append(Line2D([], [], label="published", **hollow))
+        figure.legend(handles=handles, loc="outside upper left", ncols=2)
+        figure.legend(handles=presses, loc="outside lower left", ncols=3)
+    return figure
+
+
+def plot_heat_map(table: pd.DataFrame, title: str) -> Figure:
+    """
+    Differences, task by ratio: one panel for each press and kind, or one row each where there is one task only.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        Rows of one benchmark and one metric, see ``evaluation.compare.COLUMNS``.
+    title : str
+        Of the colour bar: what the difference is.
+    """
+    table = table.assign(label=[f"{press}, {kind}" for press, kind in zip(table["press"], table["kind"])])
+    levels = list(table.sort_values("compression_ratio", kind="stable")["level"].unique())
+    if table["task"].nunique() == 1:
+        panels, row_column = [("", table)], "label"
+    else:
+        panels, row_column = [(str(label), panel) for label, panel in table.groupby("label", sort=False)], "task"
+    rows = list(table[row_column].unique())
+    n_columns = min(3 if len(levels) <= 4 else 2, len(panels))
+    n_rows = math.ceil(len(panels) / n_columns)
+    lower = table["direction"].iloc[0].startswith("lower")
+    limit = float(table["difference"].abs().max()) or 1.0
+    with mpl.rc_context(_style(**{"axes.grid": False})):
+        panel_width = 0.75 * len(levels) + 0.3
+        margin = 0.085 * max(map(len, rows)) + 0.5
+        panel_height = 0.34 * len(rows) + 0.75
+        size = (max(panel_width * n_columns + margin, 5), panel_height * n_rows + 1.1)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
+        image: Any = None
+        for axes, (label, panel) in zip(grid.flat, panels):
+            values = panel.pivot_table(index=row_column, columns="level", values="difference", sort=False)
+            values = values.reindex(index=rows, columns=levels)
+            shown = panel.pivot_table(index=row_column, columns="level", values="p_holm", sort=False)
+            shown = shown.reindex(index=rows, columns=levels)
+            # Not an image, which an SVG would hold as pixels.
+            image = axes.pcolormesh(
+                values.to_numpy(),
+                cmap="RdBu_r" if lower else "RdBu",
+                norm=TwoSlopeNorm(0, -limit, limit),
+            )
+            for i, j in np.ndindex(values.shape):
+                value = float(values.iloc[i, j])
+                if math.isfinite(value):
+                    text = number(value, signed=True)
+                    colour = "white" if abs(value) > 0.6 * limit else "black"
+                    star = "*" if shown.iloc[i, j] < ALPHA else ""
+                    axes.text(j + 0.5, i + 0.5, text + star, ha="center", va="center", fontsize=9, color=colour)
+            axes.set_xticks(np.arange(len(levels)) + 0.5, levels, rotation=0 if max(map(len, levels)) < 6 else 30)
+            axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+            axes.set_title(label.replace(", ", "\n", 1) if len(label) > 8 * panel_width else label, fontsize=10)
+        grid.flat[0].invert_yaxis()
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.set_visible(False)
+        bar = figure.colorbar(image, ax=grid, location="bottom", fraction=0.06, aspect=40, shrink=0.8)
+        # Leftwards from its right end, under the names of the rows: centred, a long one runs off the figure.
+        bar.set_label(f"{title}\nblue is better, * is p < {ALPHA} after Holm", fontsize=9.5, loc="right")
+        bar.outline.set_visible(False)
+    return figure
+
+
+def save(plot: Plot, folder: Path) -> str:
+    """
+    Write a plot as PNG and SVG: the same bytes for the same figure.
+
+    Returns
+    -------
+    str
+        The plot as SVG to be put into a page: without background, its text in the page's colour.
+    """
+    # Salted with the name, so that no two plots of one page share an id.
+    with mpl.rc_context(_style(**{"svg.hashsalt": plot.name})):
+        plot.figure.savefig(folder / f"{plot.name}.png", dpi=100, metadata={"Software": None})
+        plot.figure.savefig(folder / f"{plot.name}.svg", metadata={"Date": None})
+        file = io.StringIO()
+        plot.figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\n\s*", "\n", re.sub(r'<g id="[^"]*"', "<g", svg))
+    number, *_, kind = plot.name.split("-")
+    for before in ('id="', "url(#", 'href="#'):
+        svg = svg.replace(before, f"{before}{kind}{number}-")
+    return svg
+
+
+def _style(**more: Any) -> Any:
+    return {**_STYLE, **more}
+
+
+def _unique(column: pd.Series) -> list[str]:
+    return list(dict.fromkeys(column))

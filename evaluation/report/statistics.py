@@ -1,0 +1,179 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of paired samples: two measurements of the same samples, in one task or several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap, permutation_test
+
+N_RESAMPLES = 9999
+"""Bootstrap samples of an interval, and sign flips of a test where all of them would be more."""
+
+CONFIDENCE_LEVEL = 0.95
+"""Of the intervals."""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """
+    How much one side differs from the other.
+
+    Parameters
+    ----------
+    mean : float
+        Mean over tasks of the mean difference over a task's samples.
+    low, high : float
+        Percentile bootstrap interval of that mean, samples resampled within their tasks; NaN where a task has one
+        sample.
+    p_value : float
+        Two-sided, of a sign-flip test: were the two sides exchangeable, each difference could as well have the other
+        sign. Exact up to 13 samples that differ.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
+def paired_difference(tasks: Sequence[Any], seed: int = 0) -> PairedDifference:
+    """
+    Mean difference of pairs, with its interval and its p-value.
+
+    The order of a task's samples has no influence, and the opposite differences have the opposite mean and interval
+    and the same p-value.
+
+    Parameters
+    ----------
+    tasks : sequence of array-like
+        For each task, one difference a sample: finite, shape ``(n_samples,)``.
+    seed : int
+        Draws what is resampled.
+
+    Raises
+    ------
+    ValueError
+        If there is no task, a task has no sample, or a difference is not finite.
+
+    Examples
+    --------
+    >>> paired_difference([[1.0, 1.0, 1.0, 1.0, 1.0]])
+    PairedDifference(mean=1.0, low=1.0, high=1.0, p_value=0.0625)
+    """
+    samples = [np.sort(np.asarray(task, dtype=np.float64)) for task in tasks]
+    if not samples or any(task.ndim != 1 or task.size == 0 or not np.isfinite(task).all() for task in samples):
+        raise ValueError("each task needs at least one sample, and differences must be finite numbers")
+    # Of the two directions always the same one is computed, so that the other has exactly the opposite result.
+    opposite = [-task[::-1] for task in samples]
+    if _flat(opposite) > _flat(samples):
+        result = _difference(opposite, seed)
+        return PairedDifference(-result.mean, -result.high, -result.low, result.p_value)
+    return _difference(samples, seed)
+
+
+def means_with_intervals(scores: pd.DataFrame, seed: int) -> dict[str, Any]:
+    """
+    Mean of each metric over the samples, with a 95 % bootstrap interval (percentiles) of that mean.
+
+    Parameters
+    ----------
+    scores : pd.DataFrame
+        One row for each sample, one column for each metric.
+    seed : int
+        Draws the bootstrap samples.
+
+    Returns
+    -------
+    dict
+        ``{metric: mean, f"{metric}_interval": [low, high]}``; no interval if there is one sample only.
+    """
+    metrics: dict[str, Any] = {}
+    for name, column in scores.items():
+        values = column.to_numpy()
+        metrics[str(name)] = float(values.mean())
+        if len(values) > 1:
+            metrics[f"{name}_interval"] = list(_interval([values], seed, n_resamples=2000))
+    return metrics
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """
+    Holm's step-down correction for several tests.
+
+    The k-th smallest of m p-values is multiplied by m - k + 1, is at least as large as the one before it, and at most 1
+    (Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 6, 1979).
+
+    Parameters
+    ----------
+    p_values : sequence of float
+        Of the family of tests.
+
+    Returns
+    -------
+    list of float
+        Corrected, in the same order.
+    """
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def _difference(samples: list[np.ndarray], seed: int) -> PairedDifference:
+    mean = math.fsum(math.fsum(task) / task.size for task in samples) / len(samples)
+    low = high = math.nan
+    if all(task.size > 1 for task in samples):
+        low, high = _interval(samples, seed)
+    return PairedDifference(mean + 0.0, low + 0.0, high + 0.0, _sign_flip_p_value(samples, seed))
+
+
+def _interval(samples: Sequence[np.ndarray], seed: int, n_resamples: int = N_RESAMPLES) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of the tasks' means."""
+    interval = bootstrap(
+        samples,
+        _mean_of_means,
+        n_resamples=n_resamples,
+        vectorized=True,
+        confidence_level=CONFIDENCE_LEVEL,
+        method="percentile",
+        # No more than some 10^7 numbers at a time.
+        batch=max(1, 10**7 // max(task.size for task in samples)),
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _sign_flip_p_value(samples: list[np.ndarray], seed: int) -> float:
+    # What each sample adds to the mean of means. A difference of zero has no sign to flip.
+    shares = np.concatenate([task / (task.size * len(samples)) for task in samples])
+    shares = shares[shares != 0]
+    if shares.size < 2:
+        return 1.0
+    # In units of the largest, so that the tolerance for ties of the test is relative to the numbers.
+    test = permutation_test(
+        (shares / np.abs(shares).max(),),
+        np.sum,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=N_RESAMPLES,
+        batch=max(1, 10**6 // shares.size),
+        rng=np.random.default_rng(seed),
+    )
+    return min(1.0, float(test.pvalue))
+
+
+def _mean_of_means(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.mean([np.mean(task, axis=axis) for task in samples], axis=0)
+
+
+def _flat(samples: list[np.ndarray]) -> list[float]:
+    return [float(number) for task in samples for number in task]

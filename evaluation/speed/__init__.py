@@ -1,0 +1,257 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+Time and memory of the cosine blend next to kvpress's own ``MergingPress.merge``, on this machine, in one run.
+
+``python -m evaluation speed`` runs these subjects on the same keys, values and kept positions, over context, heads,
+ratio and dtype, on the CPU and on a GPU if there is one:
+
+- *eviction*: gathering the survivors and nothing else. It is outside in all others;
+- *kvpress*: ``kvpress.MergingPress(KnormPress(ratio)).merge``;
+- *ours*: finding the evicted positions and ``cosine_blend``, with equal parameters and ``kernel="torch"``;
+- *re-fit*: the same with ``attention_match`` in place of the blend, with as many queries as by default;
+- *ours-triton* (GPU): *ours* with ``kernel="triton"``;
+- *product*: one matrix product per head of all evicted with all surviving keys, and nothing else: the floor of any
+  exact search that asks the BLAS for it (in pieces of 1 GiB where it is larger);
+- *tiles* (CPU): the same products in the tiles that ours takes them in;
+- *attention* (GPU): causal attention of four query heads per KV head over the same context, as a prefill has it.
+
+Times are taken in rounds that run every subject once, and ratios are medians over rounds, so that a busy machine hurts
+all alike. Extra memory is the growth of the peak during one call: of a fresh process on a CPU (Linux; elsewhere it is
+left out), of PyTorch's allocator on a GPU. --prefill times whole prefills as well. Writes speed.json and speed.png.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from evaluation.cli import fail, parse_config
+from evaluation.files import write_folder
+from evaluation.models import BUILT_IN_MODEL, ModelUnavailableError, load_model
+from evaluation.speed.prefill import measure_prefill
+from evaluation.speed.show import plot, show
+from evaluation.speed.subjects import DTYPES, SUBJECTS, Cell, measure_extra_bytes, measure_seconds
+from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
+
+DEVICES = ("cpu", "cuda")
+NO_GPU = "no GPU on this machine: run the same command on one"
+
+
+@dataclass
+class SpeedArguments:
+    """What to measure: every combination of devices, contexts, heads, ratios and dtypes."""
+
+    k_len: list[int] = field(default_factory=lambda: [8192, 16_384, 32_768], metadata={"help": "Tokens in the cache."})
+    num_key_value_heads: list[int] = field(default_factory=lambda: [8], metadata={"help": "KV heads."})
+    compression_ratio: list[float] = field(
+        default_factory=lambda: [0.5], metadata={"help": "Share of the tokens evicted, in (0, 1)."}
+    )
+    dtype: list[str] = field(
+        default_factory=lambda: ["bfloat16"], metadata={"help": f"Of the cache: {', '.join(DTYPES)}."}
+    )
+    devices: list[str] = field(
+        default_factory=lambda: list(DEVICES), metadata={"help": f"Where: {', '.join(DEVICES)}."}
+    )
+    subjects: list[str] = field(
+        default_factory=lambda: list(SUBJECTS), metadata={"help": f"What: {', '.join(SUBJECTS)}."}
+    )
+    head_dim: int = field(default=128, metadata={"help": "Length of a key or value."})
+    prefill: list[int] = field(
+        default_factory=list, metadata={"help": "Tokens of whole prefills to time, for instance 1024 4096 8192."}
+    )
+    model: str = field(default=BUILT_IN_MODEL, metadata={"help": "For --prefill: smollm2, a hub id or a folder."})
+    repeats: int = field(default=3, metadata={"help": "Rounds after one to warm up."})
+    threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves PyTorch's choice."})
+    tile_bytes: int = field(default=DEFAULT_TILE_BYTES, metadata={"help": "Most bytes of one tile of cosines."})
+    output_dir: str = field(
+        default="results/speed", metadata={"help": "Folder for speed.json and speed.png; one that is there is kept."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("k_len", "num_key_value_heads", "prefill", "head_dim", "repeats", "tile_bytes"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, list) else [value]:
+                if number < 1:
+                    raise ValueError(f"{name} must be at least 1, got {number}")
+        if self.threads < 0:
+            raise ValueError(f"threads must be at least 0, got {self.threads}")
+        for name, allowed in (("dtype", DTYPES), ("devices", DEVICES), ("subjects", SUBJECTS)):
+            for value in getattr(self, name):
+                if value not in allowed:
+                    raise ValueError(f"{name} must be among {', '.join(allowed)}, got {value!r}")
+        for k_len, ratio in itertools.product([*self.k_len, *self.prefill], self.compression_ratio):
+            if not 0 < int(k_len * ratio) < k_len:
+                raise ValueError(f"compression_ratio must leave and evict some of {k_len} tokens, got {ratio}")
+
+    def cells(self) -> list[Cell]:
+        """The grid, the context varying fastest."""
+        return [
+            Cell(device, k_len, heads, self.head_dim, ratio, dtype)
+            for device, dtype, heads, ratio, k_len in itertools.product(
+                self.devices, self.dtype, self.num_key_value_heads, self.compression_ratio, sorted(set(self.k_len))
+            )
+        ]
+
+
+def measure(arguments: SpeedArguments) -> dict[str, Any]:
+    """
+    All figures of one run.
+
+    Returns
+    -------
+    dict
+        ``arguments``; ``machine``; ``layers``: a row for each cell and subject, see :func:`measure_cell`, or a row with
+        a ``note`` where there is no GPU; ``growth``, see :func:`growth`; ``prefills``, see :func:`measure_prefill`.
+
+    Raises
+    ------
+    ModelUnavailableError
+        If there are prefills to time, and no model to time them with.
+    """
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
+        "torch": torch.__version__,
+    }
+    # First, so that a model that is not there is told before minutes of layers.
+    prefills = _measure_prefills(arguments)
+    rows: list[dict[str, Any]] = []
+    for cell in arguments.cells():
+        if cell.device == "cuda" and not torch.cuda.is_available():
+            rows.append({**asdict(cell), "subject": "all", "note": NO_GPU})
+        else:
+            rows += measure_cell(cell, arguments)
+    return {
+        "arguments": asdict(arguments),
+        "machine": machine,
+        "layers": rows,
+        "growth": growth(rows),
+        "prefills": prefills,
+    }
+
+
+def _measure_prefills(arguments: SpeedArguments) -> list[dict[str, Any]]:
+    if not arguments.prefill:
+        return []
+    model, _ = load_model(arguments.model)
+    return [
+        {"device": str(model.device), **measure_prefill(model, k_len, ratio, arguments.repeats)}
+        for k_len, ratio in itertools.product(arguments.prefill, arguments.compression_ratio)
+    ]
+
+
+def measure_cell(cell: Cell, arguments: SpeedArguments) -> list[dict[str, Any]]:
+    """
+    A row for each subject that there is on the cell's device.
+
+    Returns
+    -------
+    list of dict
+        The cell's fields and ``subject``; ``seconds`` of each round and their median; the median ratios
+        ``time_to_kvpress`` and ``share_of_product_rate``; ``products_per_second`` (multiplications and additions of the
+        products that an exact search needs, over the median); ``extra_bytes`` and ``memory_to_kvpress``. None where the
+        other subject was not run. A subject that ran out of memory has a ``note`` instead.
+    """
+    names = [name for name in SUBJECTS if name in arguments.subjects and cell.device in SUBJECTS[name].devices]
+    seconds, notes = measure_seconds(cell, names, arguments.repeats, arguments.tile_bytes)
+    extra = {name: measure_extra_bytes(cell, name, arguments.tile_bytes, arguments.threads) for name in seconds}
+    operations = 2 * cell.num_key_value_heads * cell.n_kept * cell.n_evicted * cell.head_dim
+
+    def median_ratio(numerator: str, denominator: str) -> float | None:
+        if numerator not in seconds or denominator not in seconds:
+            return None
+        return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator]))
+
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        row: dict[str, Any] = {**asdict(cell), "subject": name}
+        if name in notes:
+            rows.append({**row, "note": notes[name]})
+            continue
+        n_bytes, kvpress_bytes = extra[name], extra.get("kvpress")
+        searches = name not in ("eviction", "re-fit", "attention")
+        median = statistics.median(seconds[name])
+        rows.append(
+            {
+                **row,
+                "seconds": seconds[name],
+                "median_seconds": median,
+                "extra_bytes": n_bytes,
+                "time_to_kvpress": median_ratio(name, "kvpress"),
+                "memory_to_kvpress": n_bytes / kvpress_bytes if n_bytes is not None and kvpress_bytes else None,
+                "share_of_product_rate": median_ratio("product", name) if searches else None,
+                "products_per_second": operations / median if searches else None,
+            }
+        )
+    return rows
+
+
+def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    How the time of each subject grows with the context, where there are two contexts at least.
+
+    Returns
+    -------
+    list of dict
+        The cell's fields without ``k_len``, ``subject``, ``from`` and ``to`` (the shortest and the longest context),
+        ``times`` (how many times as long the second takes, the median over rounds) and ``exponent`` (the slope of the
+        logarithm of the median time over that of the context, least squares).
+    """
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "note" not in row:
+            fields = ("device", "num_key_value_heads", "head_dim", "compression_ratio", "dtype", "subject")
+            groups.setdefault(tuple((name, row[name]) for name in fields), []).append(row)
+    grown = []
+    for key, group in groups.items():
+        group = sorted(group, key=lambda row: row["k_len"])
+        if len(group) < 2:
+            continue
+        exponent = np.polyfit(
+            np.log([row["k_len"] for row in group]), np.log([row["median_seconds"] for row in group]), 1
+        )[0]
+        times = statistics.median(b / a for a, b in zip(group[0]["seconds"], group[-1]["seconds"]))
+        grown.append(
+            {
+                **dict(key),
+                "from": group[0]["k_len"],
+                "to": group[-1]["k_len"],
+                "times": times,
+                "exponent": float(exponent),
+            }
+        )
+    return grown
+
+
+def main(argv: Sequence[str]) -> None:
+    """Time everything with command-line arguments."""
+    arguments = parse_config(SpeedArguments, argv, prog="python -m evaluation speed", description=__doc__ or "")
+    try:
+        figures = measure(arguments)
+    except ModelUnavailableError as error:
+        fail(f"python -m evaluation speed: {error}")
+    console = Console()
+    show(figures, console if console.is_terminal else Console(width=120))
+
+    def write(place: Path) -> None:
+        (place / "speed.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        plot(figures).savefig(place / "speed.png", dpi=150)
+
+    print(f"Written to {write_folder(Path(arguments.output_dir).expanduser(), write)}")

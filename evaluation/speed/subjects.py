@@ -1,0 +1,263 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""What ``python -m evaluation speed`` times on one cache layer, and how: each subject a call on the same inputs."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from kvpress import KnormPress, MergingPress
+
+from evaluation.benchmarks.fidelity.compressed_cache import synchronize
+from kvpress_merging import AttentionMatchingPress
+from kvpress_merging.eviction import Eviction
+from kvpress_merging.kernels.blend import cosine_blend
+from kvpress_merging.kernels.match import attention_match
+from kvpress_merging.kernels.nearest import tile_shape
+from kvpress_merging.kernels.products import multiplies_16_bits, products
+from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Query heads for each KV head, as models with 8 billion parameters have them.
+_QUERY_HEADS = 4
+# Cosines of one piece of the bare product: 1 GiB.
+_PRODUCT_PIECE = 2**28
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid: a cache layer, the share of it that is evicted, and where it lies."""
+
+    device: str
+    k_len: int
+    num_key_value_heads: int
+    head_dim: int
+    compression_ratio: float
+    dtype: str
+
+    @property
+    def n_evicted(self) -> int:
+        """Positions evicted from each head."""
+        return int(self.k_len * self.compression_ratio)
+
+    @property
+    def n_kept(self) -> int:
+        """Positions kept in each head."""
+        return self.k_len - self.n_evicted
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Keys and values of a cell, shape ``(1, num_key_value_heads, k_len, head_dim)``, and which positions are kept."""
+
+    cell: Cell
+    keys: torch.Tensor
+    values: torch.Tensor
+    kept: torch.Tensor
+
+    @classmethod
+    def of(cls, cell: Cell) -> Inputs:
+        """Random ones that depend on the cell alone."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, cell.num_key_value_heads, cell.k_len, cell.head_dim)
+        keys = torch.empty(shape, dtype=DTYPES[cell.dtype], device=cell.device)
+        values = torch.empty_like(keys)
+        # Head by head, so that a float32 copy of all heads does not raise the peak before the measurement.
+        for tensor in (keys, values):
+            for h in range(cell.num_key_value_heads):
+                tensor[:, h] = torch.randn(1, *shape[2:], generator=generator).to(tensor)
+        scores = torch.rand(shape[:3], generator=generator)
+        return cls(cell, keys, values, scores.topk(cell.n_kept, dim=-1).indices.to(cell.device))
+
+    def gather_kept(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the bare press leaves."""
+        index = self.kept[..., None].expand(-1, -1, -1, self.cell.head_dim)
+        return self.keys.gather(2, index), self.values.gather(2, index)
+
+
+Call = Callable[[], Any]
+
+
+def _kvpress(inputs: Inputs, tile_bytes: int) -> Call:
+    press = MergingPress(KnormPress(inputs.cell.compression_ratio))
+    return lambda: press.merge(inputs.keys, inputs.values, inputs.kept)
+
+
+def _ours(kernel: str) -> Callable[[Inputs, int], Call]:
+    def make(inputs: Inputs, tile_bytes: int) -> Call:
+        kept_keys, kept_values = inputs.gather_kept()
+        return lambda: cosine_blend(
+            inputs.keys,
+            inputs.values,
+            kept_keys,
+            kept_values,
+            Eviction.from_kept(inputs.kept, inputs.cell.k_len),
+            tile_bytes=tile_bytes,
+            kernel=kernel,
+        )
+
+    return make
+
+
+def _re_fit(inputs: Inputs, tile_bytes: int) -> Call:
+    kept_keys, kept_values = inputs.gather_kept()
+    cell = inputs.cell
+    generator = torch.Generator().manual_seed(1)
+    shape = (1, cell.num_key_value_heads, AttentionMatchingPress.n_queries, cell.head_dim)
+    queries = (torch.randn(shape, generator=generator) * cell.head_dim**-0.5).to(cell.device)
+    return lambda: attention_match(
+        inputs.keys,
+        inputs.values,
+        kept_keys,
+        kept_values,
+        queries,
+        queries,
+        Eviction.from_kept(inputs.kept, cell.k_len),
+        key_ridge=AttentionMatchingPress.key_ridge,
+    )
+
+
+def _products(in_tiles: bool) -> Callable[[Inputs, int], Call]:
+    def make(inputs: Inputs, tile_bytes: int) -> Call:
+        cell, keys = inputs.cell, inputs.keys
+        n_rows, n_columns = cell.n_kept, max(1, min(cell.n_evicted, _PRODUCT_PIECE // cell.n_kept))
+        if in_tiles:
+            _, n_rows, n_columns = tile_shape(cell.n_kept, cell.n_evicted, keys.device, tile_bytes)
+        rows = keys[:, 0] if multiplies_16_bits(keys.device, keys.dtype) else keys[:, 0].float()
+        survivors, evicted = rows[:, : cell.n_kept].split(n_rows, dim=1), rows[:, cell.n_kept :].split(n_columns, dim=1)
+        buffer = torch.empty(survivors[0].shape[1] * evicted[0].shape[1], device=keys.device)
+
+        def multiply() -> None:
+            for _ in range(cell.num_key_value_heads):
+                for columns in evicted:
+                    for block in survivors:
+                        shape = (1, block.shape[1], columns.shape[1])
+                        products(block, columns.mT, out=buffer[: shape[1] * shape[2]].view(shape))
+
+        return multiply
+
+    return make
+
+
+def _attention(inputs: Inputs, tile_bytes: int) -> Call:
+    queries = torch.randn_like(inputs.keys.repeat_interleave(_QUERY_HEADS, dim=1))
+    return lambda: F.scaled_dot_product_attention(queries, inputs.keys, inputs.values, is_causal=True, enable_gqa=True)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """
+    Something to time.
+
+    Parameters
+    ----------
+    make : callable
+        From the inputs and the budget for one tile to the call that is timed.
+    devices : tuple of str
+        Where there is such a thing.
+    """
+
+    make: Callable[[Inputs, int], Call]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+SUBJECTS = {
+    "eviction": Subject(lambda inputs, tile_bytes: inputs.gather_kept),
+    "kvpress": Subject(_kvpress),
+    "ours": Subject(_ours("torch")),
+    "re-fit": Subject(_re_fit),
+    "ours-triton": Subject(_ours("triton"), ("cuda",)),
+    "product": Subject(_products(in_tiles=False)),
+    "tiles": Subject(_products(in_tiles=True), ("cpu",)),
+    "attention": Subject(_attention, ("cuda",)),
+}
+"""All that can be timed, by name. To time one thing more, add it here."""
+
+
+def measure_seconds(
+    cell: Cell, subjects: Sequence[str], repeats: int, tile_bytes: int
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """
+    Seconds of every call, for each subject, round by round: each round runs every subject once.
+
+    Returns
+    -------
+    tuple of dict
+        The seconds, and for each subject that ran out of a GPU's memory a note that says so.
+    """
+    inputs = Inputs.of(cell)
+    calls: dict[str, Call] = {}
+    notes = {}
+    for name in subjects:
+        try:
+            call = SUBJECTS[name].make(inputs, tile_bytes)
+            _seconds(call, cell.device)
+            calls[name] = call
+        except torch.OutOfMemoryError:
+            notes[name] = "out of memory"
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            seconds[name].append(_seconds(call, cell.device))
+    return seconds, notes
+
+
+def _seconds(call: Call, device: str) -> float:
+    synchronize(torch.device(device))
+    start = time.perf_counter()
+    call()
+    synchronize(torch.device(device))
+    return time.perf_counter() - start
+
+
+def measure_extra_bytes(cell: Cell, name: str, tile_bytes: int, threads: int) -> int | None:
+    """
+    By how much one call of a subject raises the peak memory.
+
+    On a CPU that of a fresh process, which runs nothing else; None where there is no ``/proc``.
+    """
+    if cell.device == "cuda":
+        call = SUBJECTS[name].make(Inputs.of(cell), tile_bytes)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    # Forked from a process that has imported what takes long and done nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kvpress"])
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(peak_of_one_call, cell, name, tile_bytes, threads).result()
+
+
+def peak_of_one_call(cell: Cell, name: str, tile_bytes: int = DEFAULT_TILE_BYTES, threads: int = 0) -> int:
+    """Bytes by which one call raises the peak resident set of this process, which should run nothing else."""
+    if threads:
+        torch.set_num_threads(threads)
+    make = SUBJECTS[name].make
+    # A small call first: what libraries and threads allocate once is not the subject's.
+    make(Inputs.of(Cell("cpu", 256, 1, cell.head_dim, 0.5, cell.dtype)), tile_bytes)()
+    call = make(Inputs.of(cell), tile_bytes)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+    before = _resident_bytes("VmRSS")
+    call()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(entry: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(entry + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no entry {entry}")
