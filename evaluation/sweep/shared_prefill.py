@@ -9,54 +9,24 @@ has run. So many presses can watch one forward pass, each on a stand-in of the m
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from kvpress import BasePress, DecodingPress, DMSPress, PrefillDecodingPress
+from kvpress import BasePress
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from evaluation.benchmarks.fidelity.compressed_cache import continuation_start, synchronize
+from evaluation.prefill import Prefilled, acts_while_decoding, start_after, synchronize
 from evaluation.sweep.stand_in import CannotShareError, Watcher
 from kvpress_merging.hooks import attention_modules
-
-
-@dataclass
-class Prefilled:
-    """
-    What a prefill left of one press.
-
-    Parameters
-    ----------
-    press : BasePress or None
-        The press; None for the full cache.
-    cache : DynamicCache
-        Its cache, compressed.
-    masked_key_indices : list
-        What it masked in each attention layer, from the first to the last; ``masks_of`` puts that on a model.
-    start : int
-        Position at which the text goes on.
-    prefill_seconds : float
-        Wall-clock time of the pass itself, which all presses shared.
-    press_seconds : float
-        Wall-clock time of this press's own work, from entering its context to leaving it.
-    """
-
-    press: BasePress | None
-    cache: DynamicCache
-    masked_key_indices: list[Any]
-    start: int
-    prefill_seconds: float
-    press_seconds: float
 
 
 @dataclass
@@ -93,8 +63,7 @@ def why_alone(model: PreTrainedModel, press: BasePress | None) -> str | None:
         What it does: hooks or forwards other than those of the attention layers, work while answering, or work on
         leaving its context that needs a prefill of the whole model. None if it can share.
     """
-    # The questions that kvpress's pipeline asks, to enter these presses again when it answers.
-    if isinstance(press, (DecodingPress, PrefillDecodingPress)) or (isinstance(press, DMSPress) and press.decoding):
+    if acts_while_decoding(press):
         return "it evicts while decoding"
     watcher = Watcher(model, copy.deepcopy(press))
     try:
@@ -188,34 +157,17 @@ def prefill_many(
             model.model(input_ids=input_ids.to(device), past_key_values=DynamicCache())
             synchronize(device)
         each(Watcher.leave)
-        prefill_seconds = time.perf_counter() - started - sum(seconds)
+        pass_seconds = time.perf_counter() - started - sum(seconds)
         return [
-            failed[i] if i in failed else _result(watcher, input_ids.shape[1], prefill_seconds, seconds[i])
+            failed[i] if i in failed else _result(watcher, input_ids.shape[1], pass_seconds, seconds[i])
             for i, watcher in enumerate(watchers)
         ]
 
 
-@contextlib.contextmanager
-def masks_of(model: PreTrainedModel, prefilled: Prefilled) -> Iterator[None]:
-    """Have a model's attention overlook what a press masked, for a while: to answer from its cache."""
-    modules = attention_modules(model)
-    before = [vars(module).get("masked_key_indices") for module in modules]
-    _set_masks(modules, prefilled.masked_key_indices)
-    try:
-        yield
-    finally:
-        _set_masks(modules, before)
-
-
-def _set_masks(modules: Sequence[nn.Module], masks: Sequence[Any]) -> None:
-    for module, masked_key_indices in zip(modules, masks, strict=True):
-        module.masked_key_indices = masked_key_indices
-
-
-def _result(watcher: Watcher, context_length: int, prefill_seconds: float, press_seconds: float) -> Prefilled:
-    start = continuation_start(watcher.press, watcher.cache, context_length)
+def _result(watcher: Watcher, context_length: int, pass_seconds: float, press_seconds: float) -> Prefilled:
+    start = start_after(watcher.press, watcher.cache, context_length)
     masks = watcher.masked_key_indices()
-    return Prefilled(watcher.press, watcher.cache, masks, start, prefill_seconds, press_seconds)
+    return Prefilled(watcher.press, watcher.cache, masks, start, pass_seconds + press_seconds, press_seconds)
 
 
 def _drop_frames(error: BaseException | None) -> None:

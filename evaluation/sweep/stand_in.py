@@ -22,6 +22,7 @@ from kvpress import BasePress
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from evaluation.prefill import put_masks
 from kvpress_merging.hooks import attention_modules
 
 
@@ -49,6 +50,7 @@ class Watcher:
         self.stand_ins: dict[nn.Module, Any] = {}
         self.model = _stand_in(model, set(self.attention), self.stand_ins)
         self.watched: set[nn.Module] = set(self.attention)
+        put_masks([self.stand_ins[module] for module in self.attention], [None] * len(self.attention))
 
     def enter(self) -> None:
         """Enter the press's context, and see that it works in hooks on attention layers, or inside them, alone."""
@@ -75,8 +77,6 @@ class Watcher:
         if module in self.attention:
             layer = kwargs["past_key_values"].layers[module.layer_idx]
             kwargs = {**kwargs, "past_key_values": self.cache}
-            if "masked_key_indices" in vars(module):  # attention forgets the last prefill's
-                stand_in.masked_key_indices = module.masked_key_indices
 
         def forward(*given_args: Any, **given_kwargs: Any) -> Any:
             if not _is_same([*args, *kwargs.values()], [*given_args, *map(given_kwargs.get, kwargs)]):
