@@ -35,22 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Evaluation:
-    """
-    All that a run needs: made by ``prepare``, spent by ``measure``.
-
-    Parameters
-    ----------
-    config : EvaluationConfig
-        What is measured.
-    press : BasePress or None
-        Configured; None for the full cache.
-    model : PreTrainedModel
-        In eval mode.
-    tokenizer : PreTrainedTokenizerBase
-        The model's.
-    samples : pd.DataFrame
-        One row for each sample.
-    """
+    """All that a run needs, made by ``prepare`` and spent by ``measure``. Without a press, the full cache is meant."""
 
     config: EvaluationConfig
     press: BasePress | None
@@ -65,15 +50,7 @@ def run(
     """
     Measure what a configuration says, with a model that is loaded already or not, and write the results.
 
-    Returns
-    -------
-    Path
-        The folder with ``config.yaml``, ``predictions.csv`` and ``metrics.json``.
-
-    Raises
-    ------
-    ValueError, ModelUnavailableError, DatasetUnavailableError, OSError
-        See ``prepare``.
+    Out comes the folder with ``config.yaml``, ``predictions.csv`` and ``metrics.json``. For errors see ``prepare``.
     """
     evaluation = prepare(config, model, tokenizer)
     predictions, metrics = measure(evaluation)
@@ -92,7 +69,7 @@ def prepare(
     Raises
     ------
     ValueError
-        If settings do not go together, or a text is too short for them.
+        If settings do not go together, a text is too short for them, or there is no GPU to quantize the model on.
     ModelUnavailableError
         If the model cannot be loaded.
     DatasetUnavailableError
@@ -128,16 +105,7 @@ def load_samples(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def load(config: EvaluationConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """
-    Load the model that a configuration names, and its tokenizer.
-
-    Raises
-    ------
-    ValueError
-        If it is to be quantized and there is no GPU.
-    ModelUnavailableError
-        If it cannot be loaded.
-    """
+    """Load the model that a configuration names, and its tokenizer; see ``prepare`` for errors."""
     kwargs = given_model_kwargs(config)
     if config.fp8:
         if not torch.cuda.is_available():

@@ -22,12 +22,8 @@ class Worker:
     """
     Measures cells, and keeps the model as long as they load it alike.
 
-    Parameters
-    ----------
-    threads : int
-        Threads that torch uses: sums are split among them, so that results depend on how many there are.
-    folder : str, optional
-        What relative paths start from, if it is there.
+    Sums are split among torch's threads, so that results depend on how many there are. Relative paths start from
+    ``folder``, if it is there.
     """
 
     def __init__(self, threads: int, folder: str | None = None):

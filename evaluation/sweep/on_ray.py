@@ -26,31 +26,15 @@ def run_on_ray(
     num_workers: int | None = None,
 ) -> Outcomes:
     """
-    Measure cells on the workers of a Ray cluster, each with a model of its own.
+    Measure cells on the workers of a Ray cluster, each with a model and so many threads of its own.
 
-    Parameters
-    ----------
-    units : sequence of sequences of EvaluationConfig
-        What to measure, see ``Worker.measure``. Units are halved where there are more workers than units.
-    threads : int
-        Threads that torch uses in each worker.
-    finished : mapping of str to Rows
-        What is measured of cells, by the names of their folders. Whoever takes the outcomes adds to it.
-    address : str, optional
-        Of a cluster that is there; by default one is started on this machine, and ended in the end.
-    num_workers : int, optional
-        By default one a GPU, or where there is none, as many as have their threads on cores of their own.
+    Units are those of ``Worker.measure``, halved where there are more workers than units; ``finished`` is what is
+    measured of cells already, and whoever takes the outcomes adds to it. Where a worker dies, another takes its place
+    and measures the cells one by one; one that a worker dies of alone has failed.
 
-    Returns
-    -------
-    iterator of (EvaluationConfig, Finished, Alone, Measured or Failed)
-        As they come. Where a worker dies, another takes its place, and its cells are measured one by one; one that a
-        worker dies of alone has failed.
-
-    Raises
-    ------
-    RunnerError
-        If Ray is not installed, there is no such cluster, or no worker starts.
+    Without the address of a cluster that is there, one is started on this machine, and ended in the end. By default
+    there is a worker for each GPU, or where there is none, as many as have their threads on cores of their own. A
+    RunnerError says if Ray is not installed, there is no such cluster, or no worker starts.
     """
     try:
         import ray

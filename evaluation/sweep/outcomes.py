@@ -40,20 +40,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Measured:
-    """
-    What is written of a cell: the last that comes of it.
-
-    Parameters
-    ----------
-    config : EvaluationConfig
-        With the press as it was used.
-    versions : dict
-        See ``describe_versions``.
-    predictions : pd.DataFrame
-        One row for each sample.
-    metrics : dict
-        ``{task: {name: value}}``.
-    """
+    """What is written of a cell, the last that comes of it: see ``evaluation.results.write_files``."""
 
     config: EvaluationConfig
     versions: dict[str, str]
