@@ -60,7 +60,7 @@ def results(folder: Path) -> dict[str, tuple]:
     """What each cell holds, but for times."""
     cells = {}
     for place in folder.glob("[!.]*"):
-        if place.is_dir() and place.name != "errors":
+        if place.is_dir() and place.name not in ("errors", "unfinished"):
             predictions = pd.read_csv(place / "predictions.csv", dtype=str)
             config = yaml.safe_load((place / "config.yaml").read_text())
             assert config["versions"]["threads"] == "1"
