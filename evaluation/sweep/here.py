@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import contexts_of, load, load_samples, measure_alone, prepare, reading
 from evaluation.sweep.grid import model_settings
-from evaluation.sweep.outcomes import Alone, Failed, Finished, Measured, Outcomes, Rows
+from evaluation.sweep.outcomes import Alone, Failed, Finished, Measured, Outcomes, Rows, describe
 from evaluation.sweep.together import measure_together
 
 
@@ -71,8 +71,12 @@ class Worker:
                 evaluations[config.folder_name()] = prepare(config, model, tokenizer, samples)
             except Exception as error:
                 yield config, Failed.of(error)
-        for name, outcome in measure_together(evaluations, rows):
-            yield evaluations[name].config, outcome
+        pending = {name: evaluation.config for name, evaluation in evaluations.items()}
+        try:
+            for name, outcome in measure_together(evaluations, rows):
+                yield pending[name] if isinstance(outcome, Finished) else pending.pop(name), outcome
+        except Exception as error:
+            yield from ((config, Alone(f"sharing failed: {describe(error)}")) for config in pending.values())
 
     def _measure_alone(self, config: EvaluationConfig, rows: Rows) -> Outcomes:
         try:

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 
+import pandas as pd
+import psutil
 import torch
+from transformers import PreTrainedModel
 
-from evaluation.evaluate import Evaluation, attention, contexts_of, reading_of, seed_draws
+from evaluation.evaluate import Evaluation, Reading, attention, contexts_of, reading_of, seed_draws
+from evaluation.prefill import Prefilled
 from evaluation.presses import choose_attention
 from evaluation.sweep.outcomes import Alone, Failed, Finished, Measured, Rows, describe
 from evaluation.sweep.shared_prefill import PressFailed, prefill_many, why_alone
@@ -59,36 +63,45 @@ def _share(
     read = reading_of(first)
     for context in contexts_of(read, first.config):
         samples = context["sample"].tolist()
-        waiting = [name for name in evaluations if not rows[name].keys() >= set(samples)]
-        if not waiting:
-            continue
-        seed_draws(first.config.seed, context)
-        try:
-            outcomes = prefill_many(first.model, read.input_ids(context), [evaluations[name].press for name in waiting])
-        except Exception as error:
-            yield from ((name, Alone(f"the shared prefill failed: {describe(error)}")) for name in evaluations)
-            return
-        for name in waiting:
-            outcome = outcomes.pop(0)  # a cache goes when it has answered
-            if isinstance(outcome, PressFailed):
-                del evaluations[name]
-                if isinstance(outcome.error, (CannotShareError, torch.OutOfMemoryError)):
-                    yield name, Alone(describe(outcome.error))
+        input_ids = read.input_ids(context)
+        waiting = deque(name for name in evaluations if not rows[name].keys() >= set(samples))
+        while waiting:
+            names = [waiting.popleft() for _ in range(min(_room(first.model, input_ids), len(waiting)))]
+            seed_draws(first.config.seed, context)
+            outcomes = deque(prefill_many(first.model, input_ids, [evaluations[name].press for name in names]))
+            for name in names:
+                outcome = _answer(read, context, outcomes.popleft())  # a cache goes when it has answered
+                if isinstance(outcome, Finished):
+                    rows[name].update(outcome.rows)
                 else:
-                    yield name, Failed(describe(outcome.error), outcome.traceback)
-                continue
-            try:
-                measured = dict(zip(samples, read.measure(context, outcome), strict=True))
-            except Exception as error:
-                del evaluations[name]
-                yield name, Failed.of(error)
-                continue
-            rows[name].update(measured)
-            yield name, Finished(measured)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+                    del evaluations[name]
+                yield name, outcome
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     for name, evaluation in evaluations.items():
         try:
             yield name, Measured.of(evaluation, read, rows[name])
         except Exception as error:
             yield name, Failed.of(error)
+
+
+def _answer(read: Reading, context: pd.DataFrame, prefilled: Prefilled | PressFailed) -> Finished | Alone | Failed:
+    """What comes of one press's cache."""
+    if isinstance(prefilled, PressFailed):
+        if isinstance(prefilled.error, (CannotShareError, torch.OutOfMemoryError)):
+            return Alone(describe(prefilled.error))
+        return Failed(describe(prefilled.error), prefilled.traceback)
+    try:
+        return Finished(dict(zip(context["sample"].tolist(), read.measure(context, prefilled), strict=True)))
+    except Exception as error:
+        return Failed.of(error)
+
+
+def _room(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
+    """How many caches of a context, uncompressed, half of the free memory holds; 1 at least."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    n_values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * input_ids.numel()
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    free = sum(torch.cuda.mem_get_info(device)[0] for device in devices) or psutil.virtual_memory().available
+    return max(1, free // 2 // (n_values * model.dtype.itemsize))

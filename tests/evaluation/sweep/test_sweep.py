@@ -391,7 +391,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(r
         {"press_name": presses},
         {"press_name": presses, "dataset": "fidelity", "text_file": str(text), "continuation_length": 9},
     ]
-    grid = write_grid(tmp_path, model, compression_ratio=[0.25, 0.75], seed=[1, 2], cells=blocks)
+    grid = write_grid(tmp_path, model, compression_ratio=[0.25, 0.75], seed=[1, 2], n_samples=3, cells=blocks)
     assert sweep(grid, tmp_path / "alone") == 0
     alone = results(tmp_path / "alone")
     assert len(alone) == 2 * 2 * (1 + 4 * 2)
@@ -411,8 +411,10 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(r
         timeout=900 + 60 * KILLS[runner],  # more than the program itself waits, on however busy a machine
     )
     assert finished.returncode == 0, finished.stderr[-3000:] + folder.with_suffix(".log").read_text()[-3000:]
-    print("cells that had landed at each kill:", finished.stdout)
+    print("cells, and samples of others, that were there at each kill:", finished.stdout)
     assert len(progress := json.loads(finished.stdout)) == KILLS[runner]
-    assert any(0 < count < len(alone) for count in progress)  # in the midst of it
+    assert any(
+        n_cells < len(alone) and n_cells + n_samples > 0 for n_cells, n_samples in progress
+    )  # in the midst of it
     assert results(folder) == alone
     assert {place.name for place in folder.glob(".*")} <= {".sweep.lock"}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,6 +174,17 @@ def test_a_press_that_runs_out_of_memory_beside_others_is_tried_alone(model, tmp
     assert results(tmp_path / "results") == results(tmp_path / "well")
 
 
+def test_no_more_caches_are_held_than_half_of_the_free_memory_has_room_for(model, tmp_path, prefills, monkeypatch):
+    grid = write_grid(tmp_path, model, press_name=["knorm", "random", "merging_random", "keydiff", "snapkv"])
+    assert sweep(grid, tmp_path / "well") == 0
+    # 4 layers of keys and values of 2 heads of 16 numbers of 4 bytes, for somewhat more than 300 tokens.
+    free = 2 * (2 * 4 * 2 * 16 * 4 * 420) * 2
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    assert sweep(grid, tmp_path / "results") == 0
+    assert prefills == [5, 2, 2, 1]
+    assert results(tmp_path / "results") == results(tmp_path / "well")
+
+
 def test_a_cell_that_cannot_answer_fails_alone(model, tmp_path, monkeypatch):
     grid = write_grid(tmp_path, model, press_name=["knorm", "keydiff", "snapkv"])
 
@@ -198,7 +210,7 @@ def test_where_the_shared_prefill_fails_each_cell_is_tried_alone(model, tmp_path
 
     monkeypatch.setattr(together, "prefill_many", fail)
     assert sweep(grid, tmp_path / "results") == 0
-    assert caplog.text.count("the shared prefill failed: MemoryError: too long") == 2
+    assert caplog.text.count("sharing failed: MemoryError: too long") == 2
     assert results(tmp_path / "results") == results(tmp_path / "well")
 
 
