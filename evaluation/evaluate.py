@@ -8,22 +8,24 @@ import contextlib
 import copy
 import inspect
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 import torch
-from kvpress import BasePress, DecodingPress, FinchPress, KVPressTextGenerationPipeline
+from kvpress import BasePress, DecodingPress, FinchPress, PrefillDecodingPress
 from tqdm import tqdm
 from transformers import FineGrainedFP8Config, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from evaluation.answers import Questions
 from evaluation.benchmarks import fidelity
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate_registry import DATASET_REGISTRY, SCORER_REGISTRY
 from evaluation.models import load_model
+from evaluation.prefill import Prefilled, prefill
 from evaluation.presses import choose_attention, configure_press, given_model_kwargs
 from evaluation.report.statistics import means_with_intervals
 from evaluation.results import write_results
@@ -56,10 +58,13 @@ def run(
 
 
 def prepare(
-    config: EvaluationConfig, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    config: EvaluationConfig,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    samples: pd.DataFrame | None = None,
 ) -> Evaluation:
     """
-    Make the press, load the model unless it is given, and load the samples.
+    Make the press, and load model, tokenizer and samples unless they are given.
 
     Raises
     ------
@@ -80,7 +85,8 @@ def prepare(
     set_seed(config.seed)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    samples = load_samples(config, tokenizer)
+    if samples is None:
+        samples = load_samples(config, tokenizer)
     logger.info("%d samples of %s, with %s", len(samples), config.dataset, press or "the full cache")
     return Evaluation(config, press, model, tokenizer, samples)
 
@@ -113,7 +119,81 @@ def load(config: EvaluationConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 def measure(evaluation: Evaluation) -> tuple[pd.DataFrame, dict[str, Any]]:
     """
-    Run the model over the samples and score what comes out.
+    Run the model over the samples and score what comes out; see ``score``.
+
+    Raises
+    ------
+    Exception
+        Whatever model or press raise.
+    """
+    config = evaluation.config
+    with reading(evaluation) as read:
+        rows: dict[int, dict[str, Any]] = {}
+        for context in contexts_of(read, config):
+            rows |= measure_alone(evaluation, read, context)
+        return score(config, read, rows)
+
+
+class Reading(Protocol):
+    """Samples by the contexts that they are about, and what is measured over the cache of one."""
+
+    samples: pd.DataFrame
+    contexts: list[pd.DataFrame]
+
+    def input_ids(self, context: pd.DataFrame) -> torch.Tensor:
+        """What is prefilled of one of ``contexts``: token ids, int64, shape ``(1, context_length)``."""
+
+    def measure(self, context: pd.DataFrame, prefilled: Prefilled) -> list[dict[str, Any]]:
+        """For each sample of one of ``contexts`` a row of what can be written as JSON."""
+
+
+def reading_of(evaluation: Evaluation, **settings: Any) -> Reading:
+    """The evaluation's samples; ``settings`` are those of ``Questions``."""
+    config, model, samples = evaluation.config, evaluation.model, evaluation.samples
+    if config.dataset == "fidelity":
+        return fidelity.Windows(model, samples)
+    return Questions(model, settings.pop("tokenizer", evaluation.tokenizer), samples, config, **settings)
+
+
+@contextlib.contextmanager
+def reading(evaluation: Evaluation) -> Iterator[Reading]:
+    """The evaluation's samples, while attention, tokenizer and embeddings are those that its press needs."""
+    press, model = evaluation.press, evaluation.model
+    implementation = choose_attention(evaluation.config, press, model)
+    with attention(implementation, model), _delimiter_for(press, model, evaluation.tokenizer) as (tokenizer, delimiter):
+        one_by_one = isinstance(press, (DecodingPress, PrefillDecodingPress))
+        yield reading_of(evaluation, tokenizer=tokenizer, delimiter=delimiter, one_by_one=one_by_one)
+
+
+def contexts_of(read: Reading, config: EvaluationConfig) -> Iterator[pd.DataFrame]:
+    """The contexts of a reading, with a progress bar."""
+    n_samples = len(read.samples)
+    with tqdm(total=n_samples, desc=config.dataset, unit="sample", disable=config.quiet, leave=None) as progress:
+        for context in read.contexts:
+            yield context
+            progress.update(len(context))
+
+
+def measure_alone(evaluation: Evaluation, read: Reading, context: pd.DataFrame) -> dict[int, dict[str, Any]]:
+    """Measure the evaluation's press on one context, over a prefill of its own: a row for each number of a sample."""
+    seed_draws(evaluation.config.seed, context)
+    prefilled = prefill(evaluation.model, read.input_ids(context), evaluation.press)
+    rows = read.measure(context, prefilled)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return dict(zip(context["sample"].tolist(), rows, strict=True))
+
+
+def seed_draws(seed: int, context: pd.DataFrame) -> None:
+    """Set what presses draw for a context, whatever was drawn before: a sweep that broke off may go on from there."""
+    set_seed(int(np.random.SeedSequence([seed, *context["sample"]]).generate_state(1)[0]))
+
+
+def score(
+    config: EvaluationConfig, read: Reading, rows: Mapping[int, Mapping[str, Any]]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """
+    Score what was measured of all samples.
 
     Returns
     -------
@@ -121,74 +201,18 @@ def measure(evaluation: Evaluation) -> tuple[pd.DataFrame, dict[str, Any]]:
         One row for each sample, with the columns of the samples, what was measured, ``compression_ratio`` (what the
         press reached), seconds and a column for each metric; and the metrics, ``{task: {name: value}}``.
     """
-    config, press = evaluation.config, evaluation.press
-    with _attention(choose_attention(config, press, evaluation.model), evaluation.model):
-        if config.dataset == "fidelity":
-            predictions = fidelity.measure_windows(evaluation.model, press, evaluation.samples, quiet=config.quiet)
-            return predictions, {fidelity.TASK: means_with_intervals(fidelity.score(predictions), config.seed)}
-        predictions = answer(evaluation)
+    measured = pd.DataFrame([rows[sample] for sample in read.samples["sample"]], index=read.samples.index)
+    predictions = read.samples.join(measured)
+    if config.dataset == "fidelity":
+        return predictions, {fidelity.TASK: means_with_intervals(fidelity.score(predictions), config.seed)}
     scores = SCORER_REGISTRY[config.dataset](predictions)
     means = scores.groupby(predictions["task"]).mean().round(2)
     metrics = {str(task): row.dropna().to_dict() for task, row in means.iterrows()}
     return predictions.join(scores), metrics
 
 
-def answer(evaluation: Evaluation) -> pd.DataFrame:
-    """
-    Have the model answer the samples' questions, through kvpress's pipeline.
-
-    Questions about one context are asked over one prefill, except with a press that evicts while decoding. Out come the
-    samples without their contexts, with what ``answer_about`` gives.
-    """
-    config, press, samples = evaluation.config, evaluation.press, evaluation.samples.copy()
-    with _delimiter_for(press, evaluation.model, evaluation.tokenizer) as (tokenizer, delimiter):
-        samples["context"] += delimiter
-        if config.query_aware:
-            samples["context"] += samples["question"]
-            samples["question"] = ""
-        # A model on several devices has been put there already.
-        device = None if hasattr(evaluation.model, "hf_device_map") else evaluation.model.device
-        kwargs: dict[str, Any] = {"model": evaluation.model, "tokenizer": tokenizer, "device": device}
-        generate = KVPressTextGenerationPipeline(**kwargs)
-        by = ["sample"] if isinstance(press, DecodingPress) else ["context", "answer_prefix", "max_new_tokens"]
-        answers = []
-        with tqdm(total=len(samples), desc=config.dataset, unit="sample", disable=config.quiet, leave=None) as progress:
-            for _, group in samples.groupby(by, sort=False, dropna=False):
-                answers.append(answer_about(group, press, generate, config))
-                progress.update(len(group))
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-    return samples.drop(columns="context").join(pd.concat(answers))
-
-
-def answer_about(
-    questions: pd.DataFrame, press: BasePress | None, generate: Callable[..., Any], config: EvaluationConfig
-) -> pd.DataFrame:
-    """
-    Have the model answer questions about one context, over one prefill with one press.
-
-    The questions share their answer prefix and the length of an answer too; ``generate`` is a pipeline of kvpress. Out
-    come for each question ``predicted_answer``, ``compression_ratio`` and ``seconds``, the wall-clock time of the
-    prefill and all answers, shared out evenly.
-    """
-    first = questions.iloc[0]
-    started = time.perf_counter()
-    output = generate(
-        first["context"],
-        questions=questions["question"].to_list(),
-        answer_prefix=first["answer_prefix"],
-        press=press,
-        max_new_tokens=config.max_new_tokens or int(first["max_new_tokens"]),
-        max_context_length=config.max_context_length,
-    )
-    seconds = (time.perf_counter() - started) / len(questions)
-    ratio = 0.0 if press is None else getattr(press, "compression_ratio", float("nan"))
-    row = {"predicted_answer": output["answers"], "compression_ratio": ratio, "seconds": seconds}
-    return pd.DataFrame(row, index=questions.index)
-
-
 @contextlib.contextmanager
-def _attention(implementation: str, model: PreTrainedModel) -> Iterator[None]:
+def attention(implementation: str, model: PreTrainedModel) -> Iterator[None]:
     """Have a model compute attention in another way, for a while."""
     before = model.config._attn_implementation
     if implementation == before:

@@ -81,12 +81,16 @@ def describe_versions(config: EvaluationConfig, press: BasePress | None, model: 
     """What results depend on beside the configuration: versions of packages, device, data type, attention."""
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
     return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "kvpress")},
-        "kvpress-merging": __version__,
+        **package_versions(),
         "device": device,
         "dtype": str(model.dtype),
         "attention": choose_attention(config, press, model),
         # Sums are split among threads, and come out a little different for another number of them.
         "threads": str(torch.get_num_threads()),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what results depend on, known without a model."""
+    packages = {name: version(name) for name in ("torch", "transformers", "kvpress")}
+    return {"python": platform.python_version(), **packages, "kvpress-merging": __version__}

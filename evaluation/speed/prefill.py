@@ -13,7 +13,7 @@ import torch
 from kvpress import BasePress, KnormPress
 from transformers import DynamicCache, PreTrainedModel
 
-from evaluation.benchmarks.fidelity.compressed_cache import synchronize
+from evaluation.prefill import synchronize
 from kvpress_merging import AttentionMatchingPress, MergingPress
 
 

@@ -5,8 +5,9 @@ Measure a grid of presses, ratios, datasets and seeds from one YAML file.
 
 The file has any of run's settings, by the same names: one value for all cells, or a list for a cell each. What only
 some cells have goes into blocks under "cells"; evaluation/sweeps/ has examples. Each cell's results appear in a folder
-of their own, whole or not at all. A sweep that broke off, or whose file has grown, goes on with the same command. Exit
-status: 0 if all cells are there, 1 if some failed (see errors/ beside the results), 2 for a mistake.
+of their own, whole or not at all. A sweep that broke off, or whose file has grown, goes on with the same command, from
+the sample that it was at (unfinished/ beside the results has those before it). Exit status: 0 if all cells are there, 1
+if some failed (see errors/), 2 for a mistake.
 """
 
 from __future__ import annotations
@@ -30,9 +31,13 @@ from evaluation.cli import Parser, fail
 from evaluation.config import EvaluationConfig
 from evaluation.files import remove_leftovers, write_file
 from evaluation.results import find_results, write_files
-from evaluation.sweep.grid import read_grid
-from evaluation.sweep.here import Failed, Outcomes, RunnerError, run_here
+from evaluation.sweep.grid import group_cells, read_grid
+from evaluation.sweep.here import run_here
 from evaluation.sweep.on_ray import run_on_ray
+from evaluation.sweep.outcomes import Alone, Failed, Finished, Outcomes, RunnerError
+from evaluation.sweep.unfinished import UnfinishedCell
+
+logger = logging.getLogger(__name__)
 
 PROG = "python -m evaluation sweep"
 
@@ -79,35 +84,49 @@ def sweep(
     """
     errors = folder / "errors"
     names = [config.folder_name() for config in cells]
+    threads = arguments.threads or torch.get_num_threads()
     remove_leftovers(folder, [*names, "sweep.yaml"])
     remove_leftovers(errors, [_error_file(folder, config).name for config in cells])
     _write_copy(folder / "sweep.yaml", file.read_text(encoding="utf-8"))
     to_do = []
+    unfinished = {config.folder_name(): UnfinishedCell(folder, config, threads) for config in cells}
     for config in cells:
         if find_results(config) is None:
             # Workers' bars would run into each other.
             to_do.append(dataclasses.replace(config, quiet=quiet or arguments.runner == "ray"))
         else:
             _error_file(folder, config).unlink(missing_ok=True)
-    threads = arguments.threads or torch.get_num_threads()
+            unfinished[config.folder_name()].remove()
+    finished = {config.folder_name(): unfinished[config.folder_name()].read() for config in to_do}
+    units: list[list[EvaluationConfig]] = group_cells(to_do) if arguments.share_prefill else [[c] for c in to_do]
     outcomes: Outcomes
     if to_do and arguments.runner == "ray":
-        outcomes = run_on_ray(to_do, threads, arguments.address, arguments.num_workers)
+        outcomes = run_on_ray(units, threads, finished, arguments.address, arguments.num_workers)
     else:
-        outcomes = run_here(to_do, threads)
+        outcomes = run_here(units, threads, finished)
     n_failed = 0
     n_before = len(cells) - len(to_do)
     with tqdm(total=len(cells), initial=n_before, desc="sweep", unit="cell", disable=quiet) as progress:
         for config, outcome in outcomes:
+            name = config.folder_name()
+            if isinstance(outcome, Finished):
+                unfinished[name].append(outcome.rows)
+                finished[name] |= outcome.rows
+                continue
+            if isinstance(outcome, Alone):
+                if outcome.reason:
+                    logger.warning("Measured alone: %s: %s", name, " ".join(outcome.reason.split()))
+                continue
             if isinstance(outcome, Failed):
                 n_failed += 1
-                record = {"cell": config.folder_name(), "config": config.record(), **dataclasses.asdict(outcome)}
+                record = {"cell": name, "config": config.record(), **dataclasses.asdict(outcome)}
                 write_file(_error_file(folder, config), json.dumps(record, indent=4, default=str) + "\n")
-                line = f"Failed: {config.folder_name()}: {' '.join(outcome.error.split())}"
+                line = f"Failed: {name}: {' '.join(outcome.error.split())}"
                 progress.write(line, file=sys.stderr)
             else:
                 write_files(outcome.config, outcome.versions, outcome.predictions, outcome.metrics)
                 _error_file(folder, config).unlink(missing_ok=True)
+                unfinished[name].remove()
             progress.update()
     n_done = len(cells) - n_failed
     print(f"{n_done} of {len(cells)} cells are in {folder}, {n_before} of them from before")
@@ -139,6 +158,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             "help": "threads that torch uses in each worker; by default its own number here. Results repeat to the bit "
             "with the same number only, which config.yaml notes",
         },
+        "share_prefill": {
+            "type": _switch,
+            "default": True,
+            "help": "True: cells that differ in the press alone share prefills, where the press lets them, which gives "
+            "the same results; False: each cell prefills by itself",
+        },
         "quiet": {"action": "store_true", "help": "no progress bars, for logs"},
         "dry_run": {"action": "store_true", "help": "list the cells and whether they are done, and run nothing"},
     }.items():
@@ -152,6 +177,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name} is of use with --runner ray only")
     arguments.file = arguments.file.expanduser()
     return arguments
+
+
+def _switch(value: str) -> bool:
+    if value not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"must be True or False, got {value!r}")
+    return value == "True"
 
 
 def _list(cells: Sequence[EvaluationConfig], folder: Path) -> None:

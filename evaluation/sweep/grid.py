@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,16 @@ def read_grid(file: Path, output_dir: str | None = None) -> list[EvaluationConfi
 def model_settings(config: EvaluationConfig) -> str:
     """The settings that a model is loaded with, as text: equal for configurations that can share it."""
     return repr([config.model, config.model_kwargs, config.fp8, config.device, config.trust_remote_code])
+
+
+def group_cells(configs: Sequence[EvaluationConfig]) -> list[list[EvaluationConfig]]:
+    """Cells that differ in the press alone, together: these can share prefills."""
+    names = settings_that(lambda about: about.press is None and about.is_measured)
+    groups: dict[str, list[EvaluationConfig]] = {}
+    for config in configs:
+        told = [getattr(config, name) for name in names if name != "press_name"]
+        groups.setdefault(repr([model_settings(config), *told]), []).append(config)
+    return list(groups.values())
 
 
 def _configs(

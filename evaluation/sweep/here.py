@@ -6,46 +6,21 @@ from __future__ import annotations
 
 import gc
 import os
-import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import pandas as pd
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from evaluation.config import EvaluationConfig
-from evaluation.evaluate import load, measure, prepare
-from evaluation.results import describe_versions
+from evaluation.evaluate import contexts_of, load, load_samples, measure_alone, prepare, reading
 from evaluation.sweep.grid import model_settings
-
-
-class RunnerError(RuntimeError):
-    """Nothing can be run. The message says why."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What is written of a cell: see ``evaluation.results.write_files``."""
-
-    config: EvaluationConfig
-    versions: dict[str, str]
-    predictions: pd.DataFrame
-    metrics: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Why there is nothing of a cell to write: the error in a few words, and where it was raised."""
-
-    error: str
-    traceback: str
+from evaluation.sweep.outcomes import Alone, Failed, Finished, Measured, Outcomes, Rows, describe
+from evaluation.sweep.together import measure_together
 
 
 class Worker:
     """
-    Measures one cell after the other, and keeps the model as long as they load it alike.
+    Measures cells, and keeps the model as long as they load it alike.
 
     Sums are split among torch's threads, so that results depend on how many there are. Relative paths start from
     ``folder``, if it is there.
@@ -60,22 +35,71 @@ class Worker:
     def start(self) -> None:
         """Return once there is a worker."""
 
-    def measure(self, config: EvaluationConfig) -> Measured | Failed:
-        """Measure a cell; whatever goes wrong with it is told, not raised."""
+    def measure(self, cells: Sequence[EvaluationConfig], finished: Mapping[str, Rows]) -> Outcomes:
+        """
+        Measure cells; whatever goes wrong with one is told, not raised.
+
+        Parameters
+        ----------
+        cells : sequence of EvaluationConfig
+            One, or several that differ in the press alone: these share prefills if they can.
+        finished : mapping of str to Rows
+            What an earlier sweep has measured of cells, by the names of their folders.
+        """
+        rows = {config.folder_name(): dict(finished.get(config.folder_name(), {})) for config in cells}
+        alone = list(cells)
+        if len(cells) > 1:
+            alone = []
+            for config, outcome in self._measure_together(cells, rows):
+                if isinstance(outcome, Alone):
+                    alone.append(config)
+                yield config, outcome
+        for config in alone:
+            yield from self._measure_alone(config, rows[config.folder_name()])
+
+    def _measure_together(self, cells: Sequence[EvaluationConfig], rows: Mapping[str, Rows]) -> Outcomes:
         try:
-            if self._loaded is not None and self._loaded[0] != model_settings(config):
-                self._drop_model()
-            if self._loaded is None:
-                self._loaded = (model_settings(config), *load(config))
-            _, model, tokenizer = self._loaded
-            evaluation = prepare(config, model, tokenizer)
-            predictions, metrics = measure(evaluation)
-            config.press_init_command = str(evaluation.press)
-            return Measured(config, describe_versions(config, evaluation.press, model), predictions, metrics)
+            model, tokenizer = self._load(cells[0])
+            set_seed(cells[0].seed)
+            samples = load_samples(cells[0], tokenizer)
+        except Exception as error:
+            yield from ((config, Failed.of(error)) for config in cells)
+            return
+        evaluations = {}
+        for config in cells:
+            try:
+                evaluations[config.folder_name()] = prepare(config, model, tokenizer, samples)
+            except Exception as error:
+                yield config, Failed.of(error)
+        pending = {name: evaluation.config for name, evaluation in evaluations.items()}
+        try:
+            for name, outcome in measure_together(evaluations, rows):
+                yield pending[name] if isinstance(outcome, Finished) else pending.pop(name), outcome
+        except Exception as error:
+            yield from ((config, Alone(f"sharing failed: {describe(error)}")) for config in pending.values())
+
+    def _measure_alone(self, config: EvaluationConfig, rows: Rows) -> Outcomes:
+        try:
+            evaluation = prepare(config, *self._load(config))
+            with reading(evaluation) as read:
+                for context in contexts_of(read, config):
+                    if not rows.keys() >= set(context["sample"]):
+                        measured = measure_alone(evaluation, read, context)
+                        rows |= measured
+                        yield config, Finished(measured)
+                outcome: Measured | Failed = Measured.of(evaluation, read, rows)
         except Exception as error:
             # A press that broke off may have left the model in any state.
             self._drop_model()
-            return Failed(f"{type(error).__name__}: {error}", traceback.format_exc())
+            outcome = Failed.of(error)
+        yield config, outcome
+
+    def _load(self, config: EvaluationConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self._loaded is not None and self._loaded[0] != model_settings(config):
+            self._drop_model()
+        if self._loaded is None:
+            self._loaded = (model_settings(config), *load(config))
+        return self._loaded[1:]
 
     def _drop_model(self) -> None:
         self._loaded = None
@@ -84,12 +108,20 @@ class Worker:
             torch.cuda.empty_cache()
 
 
-Outcomes = Iterator[tuple[EvaluationConfig, "Measured | Failed"]]
-"""Cells as they are ready, each with what came of it."""
-
-
-def run_here(cells: Sequence[EvaluationConfig], threads: int) -> Outcomes:
-    """Measure cells one after the other. Each is given out with what came of it."""
+def run_here(units: Sequence[Sequence[EvaluationConfig]], threads: int, finished: Mapping[str, Rows]) -> Outcomes:
+    """Measure units of cells, see ``Worker.measure``, one after the other."""
     worker = Worker(threads)
-    for config in cells:
-        yield config, worker.measure(config)
+    for cells in units:
+        yield from worker.measure(cells, finished)
+
+
+def split(units: Sequence[Sequence[EvaluationConfig]], count: int) -> list[Sequence[EvaluationConfig]]:
+    """Halve the largest units of cells until there are ``count``, as far as they can be halved."""
+    parts = list(units)
+    while len(parts) < count:
+        largest = max(parts, key=len)
+        if len(largest) == 1:
+            break
+        place = parts.index(largest)
+        parts[place : place + 1] = [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return parts

@@ -8,22 +8,29 @@ import logging
 import os
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import kvpress_merging
 from evaluation.config import EvaluationConfig
-from evaluation.sweep.here import Failed, Measured, Outcomes, RunnerError, Worker
+from evaluation.sweep.here import Worker, split
+from evaluation.sweep.outcomes import Failed, Measured, Outcomes, Rows, RunnerError, describe
 
 
 def run_on_ray(
-    cells: Sequence[EvaluationConfig], threads: int, address: str | None = None, num_workers: int | None = None
+    units: Sequence[Sequence[EvaluationConfig]],
+    threads: int,
+    finished: Mapping[str, Rows],
+    address: str | None = None,
+    num_workers: int | None = None,
 ) -> Outcomes:
     """
     Measure cells on the workers of a Ray cluster, each with a model and so many threads of its own.
 
-    They come in the order in which they are ready. A worker that dies has failed its cell, and another takes its place.
+    Units are those of ``Worker.measure``, halved where there are more workers than units; ``finished`` is what is
+    measured of cells already, and whoever takes the outcomes adds to it. Where a worker dies, another takes its place
+    and measures the cells one by one; one that a worker dies of alone has failed.
 
     Without the address of a cluster that is there, one is started on this machine, and ended in the end. By default
     there is a worker for each GPU, or where there is none, as many as have their threads on cores of their own. A
@@ -46,9 +53,9 @@ def run_on_ray(
         raise RunnerError(f"cannot reach a Ray cluster at {address or 'this machine'}: {error}{hint}") from error
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        count, resources = _share_out(nodes, len(cells), threads, num_workers)
+        count, resources = _share_out(nodes, sum(map(len, units)), threads, num_workers)
         actor_class = ray.remote(Worker).options(**resources)
-        yield from _spread(cells, lambda: actor_class.remote(threads, os.getcwd()), count)
+        yield from _spread(split(units, count), lambda: actor_class.remote(threads, os.getcwd()), count, finished)
     finally:
         ray.shutdown()
 
@@ -69,29 +76,47 @@ def _share_out(
     return count, {"num_cpus": int(share) if share >= 1 else int(share * 1000) / 1000}
 
 
-def _spread(cells: Sequence[EvaluationConfig], make_worker: Any, count: int) -> Outcomes:
+def _spread(
+    units: Sequence[Sequence[EvaluationConfig]], make_worker: Any, count: int, finished: Mapping[str, Rows]
+) -> Outcomes:
     import ray
 
-    waiting = deque(cells)
-    starting = {worker.start.remote(): worker for worker in (make_worker() for _ in range(count))}
-    running: dict[Any, tuple[Any, EvaluationConfig]] = {}
+    waiting = deque(units)
+    ready: Any
+    starting: dict[Any, Any] = {worker.start.remote(): worker for worker in (make_worker() for _ in range(count))}
+    # What comes of the units that are being measured: of whom, and which cells have not ended.
+    running: dict[Any, tuple[Any, dict[str, EvaluationConfig]]] = {}
     while waiting or running:
         (ready,), _ = ray.wait([*starting, *running], num_returns=1)
-        outcome: Measured | Failed | None = None
-        worker, config = (starting.pop(ready), None) if ready in starting else running.pop(ready)
+        is_new = ready in starting
+        worker, cells = (starting.pop(ready), {}) if is_new else running[ready]
         try:
-            outcome = ray.get(ready)
+            if is_new:
+                ray.get(ready)
+            else:
+                config, outcome = ray.get(next(ready))
+                if isinstance(outcome, (Measured, Failed)):
+                    del cells[config.folder_name()]
+                yield config, outcome
+                continue
+        except StopIteration:
+            del running[ready]
         except ray.exceptions.RayError as error:
-            if config is None:
+            if is_new:
                 if not starting and not running:
                     raise RunnerError(f"no worker starts on the Ray cluster: {error}") from error
                 continue
-            outcome = Failed(f"the worker died: {type(error).__name__}: {error}", traceback.format_exc())
+            del running[ready]
+            if len(cells) == 1:
+                failed = Failed(f"the worker died: {describe(error)}", traceback.format_exc())
+                yield from ((config, failed) for config in cells.values())
+            else:
+                waiting.extend([config] for config in cells.values())
             worker = make_worker()
             starting[worker.start.remote()] = worker
-        else:
-            if waiting:
-                following = waiting.popleft()
-                running[worker.measure.remote(following)] = (worker, following)
-        if config is not None and outcome is not None:
-            yield config, outcome
+            continue
+        if waiting:
+            cells = {config.folder_name(): config for config in waiting.popleft()}
+            so_far = {name: finished.get(name, {}) for name in cells}
+            outcomes = worker.measure.options(num_returns="streaming").remote(list(cells.values()), so_far)
+            running[outcomes] = worker, cells

@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import pandas as pd
-from kvpress import BasePress, KnormPress
-from tqdm import tqdm
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.benchmarks.fidelity.measure import Reference, measure_fidelity, measure_reference
+from evaluation.benchmarks.fidelity.measure import Reference, compare_caches, measure_reference
+from evaluation.prefill import Prefilled
 from evaluation.text import Window, cut_windows, read_text
 
 TASK = "fidelity"
@@ -39,43 +40,57 @@ def load_windows(
     return pd.DataFrame({"task": TASK, "start": [window.start for window in windows], "window": windows})
 
 
-def measure_windows(
-    model: PreTrainedModel, press: BasePress | None, windows: pd.DataFrame, *, quiet: bool = False
-) -> pd.DataFrame:
-    """Measure a press on each window that ``load_windows`` gave: one row for each, see ``measure_window``."""
-    progress = tqdm(windows["window"], desc=TASK, unit="window", disable=quiet, leave=None)
-    rows = [measure_window(model, press, window) for window in progress]
-    return windows.drop(columns="window").join(pd.DataFrame(rows, index=windows.index))
-
-
-def measure_window(model: PreTrainedModel, press: BasePress | None, window: Window) -> dict[str, float]:
+class Windows:
     """
-    Measure a press on one window; None compares the full cache with itself.
+    Windows of a text as a reading: each is a context, and what truly follows is read over its cache.
 
-    Returns
-    -------
-    dict
-        ``METRICS``, the error of each layer as ``attention_error_layer_<i>``, the share of the cache that attention no
-        longer sees as ``compression_ratio``, bytes, and seconds.
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model.
+    samples : pd.DataFrame
+        What ``load_windows`` gave.
     """
-    if press is None:
-        press = KnormPress(compression_ratio=0.0)  # evicts nothing
-    fidelity = measure_fidelity(model, press, _reference(model, window).to(model.device))
-    errors = fidelity.attention_errors
-    return {
-        **{name: getattr(fidelity, name) for name in METRICS[:-1]},
-        "attention_error": sum(errors) / len(errors),
-        **{f"attention_error_layer_{i}": error for i, error in enumerate(errors)},
-        "compression_ratio": 1 - fidelity.cache_bytes_seen / fidelity.cache_bytes_full,
-        "cache_bytes": fidelity.cache_bytes,
-        "cache_bytes_full": fidelity.cache_bytes_full,
-        "prefill_seconds": fidelity.prefill_seconds,
-        "prefill_seconds_full": fidelity.prefill_seconds_full,
-    }
+
+    def __init__(self, model: PreTrainedModel, samples: pd.DataFrame):
+        self.model = model
+        self.samples = samples.drop(columns="window")
+        self.contexts = [samples.iloc[[i]] for i in range(len(samples))]
+
+    def input_ids(self, context: pd.DataFrame) -> torch.Tensor:
+        """The window's context, of shape ``(1, context_length)``."""
+        return context["window"].iloc[0].context_ids
+
+    def measure(self, context: pd.DataFrame, prefilled: Prefilled) -> list[dict[str, Any]]:
+        """
+        Compare a cache of the window's context with the full one.
+
+        Returns
+        -------
+        list of dict
+            One: ``METRICS``, the error of each layer as ``attention_error_layer_<i>``, the share of the cache that
+            attention no longer sees as ``compression_ratio``, bytes, and seconds.
+        """
+        reference = _reference(self.model, context["window"].iloc[0]).to(self.model.device)
+        fidelity = compare_caches(self.model, prefilled, reference)
+        errors = fidelity.attention_errors
+        return [
+            {
+                **{name: getattr(fidelity, name) for name in METRICS[:-1]},
+                "attention_error": sum(errors) / len(errors),
+                **{f"attention_error_layer_{i}": error for i, error in enumerate(errors)},
+                "compression_ratio": 1 - fidelity.cache_bytes_seen / fidelity.cache_bytes_full,
+                "cache_bytes": fidelity.cache_bytes,
+                "cache_bytes_full": fidelity.cache_bytes_full,
+                "prefill_seconds": fidelity.prefill_seconds,
+                "press_seconds": prefilled.press_seconds,
+                "prefill_seconds_full": fidelity.prefill_seconds_full,
+            }
+        ]
 
 
 def score(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The columns of ``METRICS``, which ``measure_windows`` has filled."""
+    """The columns of ``METRICS``, which ``Windows`` has filled."""
     return predictions[list(METRICS)]
 
 

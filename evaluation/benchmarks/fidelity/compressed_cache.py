@@ -1,53 +1,19 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""Forward passes around a compressed cache: fill it, read over it, and watch what attention makes of it."""
+"""Forward passes over a compressed cache: read on from it, and watch what attention makes of it."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from kvpress import BasePress, RestoreKVPress
 from kvpress.utils import extract_keys_and_values
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
-from evaluation.text import Window
-from kvpress_merging.checks import rotates_keys
 from kvpress_merging.following.model import attention_modules
-
-
-def prefill(model: PreTrainedModel, window: Window, press: BasePress | None) -> tuple[DynamicCache, int, float]:
-    """
-    Read a window's context, with a press if one is given.
-
-    Returns
-    -------
-    tuple[DynamicCache, int, float]
-        The cache, the position at which the continuation starts, and the seconds that it took, all that the press does
-        until its context exits included.
-    """
-    # kvpress forgets the masks of the last prefill in its patched attention, but not in a model's own eager one, in
-    # which KVComposePress prefills.
-    for attention in attention_modules(model):
-        attention.masked_key_indices = None  # type: ignore[assignment]
-    cache = DynamicCache()
-    context_ids = window.context_ids.to(model.device)
-    synchronize(model.device)
-    started = time.perf_counter()
-    # Without the language model's head, and by keyword: some presses intercept this very call.
-    with press(model) if press is not None else contextlib.nullcontext():
-        model.model(input_ids=context_ids, past_key_values=cache)
-    synchronize(model.device)
-    seconds = time.perf_counter() - started
-    start = context_ids.shape[1]
-    # Where kvpress's pipeline goes on: these presses renumber what they keep, or append to it.
-    if press is not None and (rotates_keys(press) or isinstance(press, RestoreKVPress)):
-        start = cache.get_seq_length()
-    return cache, start, seconds
 
 
 def read_continuation(
@@ -84,12 +50,6 @@ def count_cache_bytes(model: PreTrainedModel, cache: DynamicCache) -> tuple[int,
             is_masked[tuple(indices.cpu() for indices in masked_key_indices)] = True
             masked += int(is_masked.sum()) * (keys.nbytes + values.nbytes) // is_masked.numel()
     return held, held - masked
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given, so that a clock tells its time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager

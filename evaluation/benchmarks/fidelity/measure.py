@@ -15,15 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from kvpress import BasePress, DecodingPress
-from kvpress.utils import extract_keys_and_values
 from transformers import PreTrainedModel
 
-from evaluation.benchmarks.fidelity.compressed_cache import (
-    count_cache_bytes,
-    prefill,
-    read_continuation,
-    watched_attention,
-)
+from evaluation.benchmarks.fidelity.compressed_cache import count_cache_bytes, read_continuation, watched_attention
+from evaluation.prefill import Prefilled, masks_of, prefill
 from evaluation.text import Window
 
 # Positions whose logits are compared at a time: bounds the float64 copies for a vocabulary of 150,000.
@@ -113,19 +108,31 @@ def measure_reference(model: PreTrainedModel, window: Window, *, attention_error
     """
     if window.continuation_ids.shape[1] < 2:
         raise ValueError(f"a continuation needs at least 2 tokens, got {window.continuation_ids.shape[1]}")
-    cache, start, seconds = prefill(model, window, None)
-    cache_bytes, _ = count_cache_bytes(model, cache)
+    prefilled = prefill(model, window.context_ids, None)
+    cache_bytes, _ = count_cache_bytes(model, prefilled.cache)
     inputs: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
     with watched_attention(model, inputs, outputs) if attention_errors else contextlib.nullcontext():
-        logits = read_continuation(model, window.continuation_ids[:, :-1], cache, start)
-    return Reference(window, logits[0], cache_bytes, seconds, inputs, outputs)
+        logits = read_continuation(model, window.continuation_ids[:, :-1], prefilled.cache, prefilled.start)
+    return Reference(window, logits[0], cache_bytes, prefilled.prefill_seconds, inputs, outputs)
+
+
+def measure_fidelity(model: PreTrainedModel, press: BasePress | None, reference: Reference) -> Fidelity:
+    """
+    Read the reference's window with a press, and compare; see ``compare_caches``.
+
+    Without a press, the full cache is compared with itself. A TypeError refuses a press that acts while decoding only,
+    which leaves the prefill's cache as it was.
+    """
+    if isinstance(press, DecodingPress):
+        raise TypeError(f"fidelity needs a press that compresses at prefill, got {type(press).__name__}")
+    return compare_caches(model, prefill(model, reference.window.context_ids, press), reference)
 
 
 @torch.no_grad()
-def measure_fidelity(model: PreTrainedModel, press: BasePress, reference: Reference) -> Fidelity:
+def compare_caches(model: PreTrainedModel, prefilled: Prefilled, reference: Reference) -> Fidelity:
     """
-    Read the reference's window with a press, and compare.
+    Read the reference's continuation over a compressed cache, and compare.
 
     If the reference kept its attention inputs and outputs, the relative error of each layer's attention output is
     measured too: ``|o_press - o_full| / |o_full|``, Euclidean norms over all tokens, heads and channels before the
@@ -133,27 +140,26 @@ def measure_fidelity(model: PreTrainedModel, press: BasePress, reference: Refere
     that it had in the full-cache run. So queries are the same in both runs, and an error stems from this layer's cache
     alone, not from the layers below it. It is 0 where a layer was not compressed.
 
-    A TypeError refuses a press that acts while decoding only, which leaves the prefill's cache as it was.
+    What a press left of the reference's window is read on from: ``prefilled``, whose cache grows by the continuation.
     """
-    if isinstance(press, DecodingPress):
-        raise TypeError(f"fidelity needs a press that compresses at prefill, got {type(press).__name__}")
-    window = reference.window
+    window, cache, start = reference.window, prefilled.cache, prefilled.start
     continuation_ids = window.continuation_ids[:, :-1]
-    cache, start, seconds = prefill(model, window, press)
-    cache_bytes, cache_bytes_seen = count_cache_bytes(model, cache)
-    lengths = [layer.get_seq_length() for layer in cache.layers]
-    logits = read_continuation(model, continuation_ids, cache, start)[0]
-    kl, nll, nll_full, agree = compare_logits(reference.logits, logits, window.continuation_ids[0, 1:])
     errors: tuple[float, ...] = ()
-    if reference.attention_inputs:
-        for layer_idx, length in enumerate(lengths):
-            keys, values = extract_keys_and_values(cache, layer_idx)
-            cache.layers[layer_idx].keys, cache.layers[layer_idx].values = keys[:, :, :length], values[:, :, :length]
-        outputs: list[torch.Tensor] = []
-        with watched_attention(model, [], outputs, given=reference.attention_inputs):
-            read_continuation(model, continuation_ids, cache, start)
-        pairs = zip(outputs, reference.attention_outputs)
-        errors = tuple(float((output - full).double().norm() / full.double().norm()) for output, full in pairs)
+    with masks_of(model, prefilled):
+        cache_bytes, cache_bytes_seen = count_cache_bytes(model, cache)
+        lengths = [layer.get_seq_length() for layer in cache.layers]
+        logits = read_continuation(model, continuation_ids, cache, start)[0]
+        if reference.attention_inputs:
+            for layer, length in zip(cache.layers, lengths):
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]  # type: ignore[index]
+            outputs: list[torch.Tensor] = []
+            with watched_attention(model, [], outputs, given=reference.attention_inputs):
+                read_continuation(model, continuation_ids, cache, start)
+            errors = tuple(
+                float((output - full).double().norm() / full.double().norm())
+                for output, full in zip(outputs, reference.attention_outputs)
+            )
+    kl, nll, nll_full, agree = compare_logits(reference.logits, logits, window.continuation_ids[0, 1:])
     return Fidelity(
         kl=float(kl.mean()),
         kl_per_token=tuple(kl.tolist()),
@@ -163,7 +169,7 @@ def measure_fidelity(model: PreTrainedModel, press: BasePress, reference: Refere
         cache_bytes=cache_bytes,
         cache_bytes_seen=cache_bytes_seen,
         cache_bytes_full=reference.cache_bytes,
-        prefill_seconds=seconds,
+        prefill_seconds=prefilled.prefill_seconds,
         prefill_seconds_full=reference.prefill_seconds,
         attention_errors=errors,
     )

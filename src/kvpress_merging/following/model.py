@@ -39,6 +39,13 @@ def uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(hook)
 
 
+def only_looking(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a hook that changes nothing, which says so to who asks what a press has put on a model."""
+    hook = uncompiled(hook)
+    hook.only_looks = True  # type: ignore[attr-defined]
+    return hook
+
+
 def wrap_hook(module: nn.Module, number: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put ``wrap(hook)`` in the place of a forward hook; the hook that is wrapped takes keyword arguments."""
     hook = module._forward_hooks[number]

@@ -23,6 +23,7 @@ from kvpress_merging.following.model import (
     attention_modules,
     decoder_layers,
     layer_index,
+    only_looking,
     uncompiled,
     wrap_hook,
 )
@@ -102,10 +103,10 @@ class Watch:
             # Runs before the press's hook, which may shrink the layer or fail.
             handles.append(module.register_forward_hook(uncompiled(self._look_hook), with_kwargs=True, prepend=True))
         for layer, module in zip(decoder_layers(model), modules):
-            settle = uncompiled(lambda layer, args, output, module=module: self._settle(module))
+            settle = only_looking(lambda layer, args, output, module=module: self._settle(module))
             handles.append(layer.register_forward_hook(settle, prepend=True))
         for module in {model, getattr(model, "model", model)}:
-            handles.append(module.register_forward_hook(uncompiled(self._check_unseen)))
+            handles.append(module.register_forward_hook(only_looking(self._check_unseen)))
         self.hooked = self.hooked or set(modules)
         return handles
 

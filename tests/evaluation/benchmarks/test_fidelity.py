@@ -20,8 +20,10 @@ from tiny import FAMILIES, VOCAB_SIZE, tiny_model
 from transformers import DynamicCache
 
 from evaluation.benchmarks import fidelity as benchmark
+from evaluation.benchmarks.fidelity import measure
 from evaluation.benchmarks.fidelity.compressed_cache import count_cache_bytes, read_continuation
 from evaluation.benchmarks.fidelity.measure import compare_logits, measure_fidelity, measure_reference
+from evaluation.prefill import prefill
 from evaluation.text import Window
 
 CONTEXT_LENGTH, CONTINUATION_LENGTH = 96, 17
@@ -94,12 +96,18 @@ def test_one_pass_over_the_pressed_cache_is_what_feeding_token_by_token_is(model
     assert fidelity.kl > 1e-3
 
 
-def test_masked_positions_are_still_masked_after_the_pass(model, reference):
+def test_masked_positions_are_masked_in_both_passes_and_the_model_is_left_without_masks(model, reference, monkeypatch):
+    masked = []
+
+    def look(model, *arguments):
+        masked.append([layer.self_attn.masked_key_indices for layer in model.model.layers])
+        return read_continuation(model, *arguments)
+
+    monkeypatch.setattr(measure, "read_continuation", look)
     measure_fidelity(model, AdaKVPress(KnormPress(0.5)), reference)
-    cache_layers = model.model.layers
-    assert all(layer.self_attn.masked_key_indices is not None for layer in cache_layers)
-    measure_fidelity(model, KnormPress(0.5), reference)
-    assert all(layer.self_attn.masked_key_indices is None for layer in cache_layers)
+    assert len(masked) == 2
+    assert all(indices is not None for layers in masked for indices in layers)
+    assert all(layer.self_attn.masked_key_indices is None for layer in model.model.layers)
 
 
 @pytest.mark.parametrize(
@@ -219,9 +227,17 @@ def test_the_full_cache_is_measured_once_for_all_presses(model, monkeypatch):
 
     monkeypatch.setattr(benchmark, "measure_reference", count)
     monkeypatch.setattr(benchmark, "_REFERENCES", WeakKeyDictionary())
-    windows = pd.DataFrame({"window": [random_window(9), random_window(12)]})
-    tables = [benchmark.measure_windows(model, press, windows, quiet=True) for press in (KnormPress(0.5), None)]
-    benchmark.measure_windows(model, KnormPress(0.5), pd.DataFrame({"window": [random_window(9)]}), quiet=True)
+    windows = benchmark.Windows(model, pd.DataFrame({"window": [random_window(9), random_window(12)]}))
+
+    def rows(press):
+        return [
+            row
+            for window in windows.contexts
+            for row in windows.measure(window, prefill(model, windows.input_ids(window), press))
+        ]
+
+    tables = [pd.DataFrame(rows(press)) for press in (KnormPress(0.5), None)]
+    rows(KnormPress(0.5))
     assert len(measured) == 2
     assert (tables[0]["kl"] > 1e-3).all()
     assert (tables[1]["kl"] < 1e-9).all()

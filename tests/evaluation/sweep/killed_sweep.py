@@ -4,7 +4,7 @@
 Run a sweep again and again, kill it at random moments, and let the last one end.
 
 A program of its own: what is imported is there for all sweeps, each of which is a fork that can be killed. It prints,
-as JSON, how many cells had landed at each kill.
+as JSON, how many cells had landed at each kill, and how many samples of others were there.
 """
 
 from __future__ import annotations
@@ -59,33 +59,50 @@ def landed(folder: Path) -> dict[str, int]:
     return {file.parent.name: file.stat().st_mtime_ns for file in folder.glob("[!.]*/metrics.json")}
 
 
+def written(folder: Path) -> dict[str, list[str]]:
+    """The samples of cells that are not there, without one that was being written."""
+    files = folder.glob("unfinished/*.jsonl")
+    return {file.stem: [line for line in file.read_text().splitlines(True) if line.endswith("\n")] for file in files}
+
+
+def count(folder: Path) -> int:
+    """A number that grows with all that is on the disk."""
+    return 1000 * len(landed(folder)) + sum(map(len, written(folder).values()))
+
+
+def assert_kept(cells: dict[str, int], samples: dict[str, list[str]], folder: Path) -> None:
+    """Whatever was there is there still: cells, and samples or the cell that they became."""
+    assert cells.items() <= landed(folder).items(), "a cell was lost or run again"
+    now = written(folder)
+    for name, lines in samples.items():
+        assert name in landed(folder) or now.get(name, [])[: len(lines)] == lines, "a sample was lost"
+
+
 def main(output_dir: str, kills: int, longest: float, argv: list[str]) -> None:
     """
-    Kill so many sweeps, each within ``longest`` seconds from when its first cell lands.
+    Kill so many sweeps, each within ``longest`` seconds from when there is more on the disk than before.
 
     One in four is killed within as many seconds of its start instead: workers may take longer than all the cells.
     """
     folder = Path(output_dir)
     log = folder.with_suffix(".log")
     moments = random.Random(7)
-    progress: list[int] = []
-    before: dict[str, int] = {}
+    progress: list[tuple[int, int]] = []
     while len(progress) < kills:
+        cells, samples = landed(folder), written(folder)
         process = start(argv, log)
-        n_before = -1 if len(progress) % 4 == 3 else len(before)
-        if ends(process, moments.uniform(0, longest), lambda n=n_before: len(landed(folder)) > n):
+        n_before = -1 if len(progress) % 4 == 3 else count(folder)
+        if ends(process, moments.uniform(0, longest), lambda n=n_before: count(folder) > n):
             # Nothing is left to kill: once more from the beginning.
             shutil.rmtree(folder)
-            before = {}
             continue
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        now = landed(folder)
-        assert before.items() <= now.items(), "a cell was lost or run again"
-        before = now
-        progress.append(len(now))
+        assert_kept(cells, samples, folder)
+        progress.append((len(landed(folder)), sum(len(lines) - 1 for lines in written(folder).values())))
+    cells = landed(folder)
     assert ends(start(argv, log), 600)
-    assert before.items() <= landed(folder).items(), "a cell was lost or run again"
+    assert_kept(cells, {}, folder)
     print(json.dumps(progress))
 
 

@@ -15,9 +15,10 @@ import yaml
 from filelock import FileLock
 
 from evaluation.__main__ import main
+from evaluation.config import EvaluationConfig
 from evaluation.evaluate import prepare
 from evaluation.report.runs import read_results
-from evaluation.sweep import here, on_ray
+from evaluation.sweep import here, on_ray, outcomes
 from evaluation.text import built_in_text
 
 # How often the sweep of the test at the end is killed, in one process and on Ray. Ray takes seconds to start each time.
@@ -26,7 +27,7 @@ KILLS = {
     "ray": int(os.environ.get("KVPRESS_MERGING_KILLS", 1)),
 }
 
-SECONDS = ["seconds", "prefill_seconds", "prefill_seconds_full"]
+SECONDS = ["seconds", "prefill_seconds", "press_seconds", "answer_seconds", "prefill_seconds_full"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def results(folder: Path) -> dict[str, tuple]:
     """What each cell holds, but for times."""
     cells = {}
     for place in folder.glob("[!.]*"):
-        if place.is_dir() and place.name != "errors":
+        if place.is_dir() and place.name not in ("errors", "unfinished"):
             predictions = pd.read_csv(place / "predictions.csv", dtype=str)
             config = yaml.safe_load((place / "config.yaml").read_text())
             assert config["versions"]["threads"] == "1"
@@ -259,7 +260,7 @@ def test_workers_share_out_the_cluster(nodes, n_cells, threads, num_workers, exp
 
 
 def test_more_workers_than_gpus_are_refused():
-    with pytest.raises(here.RunnerError, match="--num_workers must be at most 1, one for each GPU, got 2"):
+    with pytest.raises(outcomes.RunnerError, match="--num_workers must be at most 1, one for each GPU, got 2"):
         on_ray._share_out([{"CPU": 8, "GPU": 1}], 9, 1, 2)
 
 
@@ -280,18 +281,53 @@ class RayOfOneProcess:
 
 
 class RemoteWorker:
-    """An actor that dies of what it is made to."""
+    """An actor that dies of what it is made to, after a sample of each cell before that."""
 
     def __init__(self, deadly=(), starts=True):
-        self.deadly, self.starts = deadly, starts
-        self.start = self.measure = self
+        self.deadly, self.starts, self.units = deadly, starts, []
+        self.start = Remote(lambda: (lambda: None) if starts else die)
+        self.measure = Remote(self._measure)
 
-    def remote(self, *cell):
-        def die():
-            raise RayOfOneProcess.exceptions.RayError("died")
+    def _measure(self, cells, finished):
+        self.units.append([(config.folder_name(), finished[config.folder_name()]) for config in cells])
+        for config in cells:
+            if config.press_name in self.deadly:
+                yield die
+                return
+            yield lambda config=config: (config, outcomes.Finished({0: {"kl": 1}}))
+        for config in cells:
+            yield lambda config=config: (config, outcomes.Measured(config, {}, pd.DataFrame(), {}))
 
-        alive = self.starts if not cell else cell[0] not in self.deadly
-        return (lambda: cell) if alive else die
+
+class Remote:
+    """A method of an actor."""
+
+    def __init__(self, method):
+        self.remote = method
+
+    def options(self, num_returns):
+        assert num_returns == "streaming"
+        return self
+
+
+def die():
+    raise RayOfOneProcess.exceptions.RayError("died")
+
+
+def spread(units, make_worker, count) -> dict[str, list]:
+    """What comes of each cell, while finished samples are noted as a sweep does."""
+    configs = [[EvaluationConfig(press_name=name) for name in unit] for unit in units]
+    finished: dict = {config.folder_name(): {} for unit in configs for config in unit}
+    came: dict[str, list] = {}
+    for config, outcome in on_ray._spread(configs, make_worker, count, finished):
+        came.setdefault(config.press_name, []).append(outcome)
+        if isinstance(outcome, outcomes.Finished):
+            finished[config.folder_name()] |= outcome.rows
+    return came
+
+
+def kinds(came) -> list[type]:
+    return [type(outcome) for outcome in came]
 
 
 def test_a_worker_that_dies_fails_its_cell_and_another_takes_its_place(monkeypatch):
@@ -299,21 +335,51 @@ def test_a_worker_that_dies_fails_its_cell_and_another_takes_its_place(monkeypat
     made = []
 
     def make_worker():
-        made.append(RemoteWorker(deadly={"b"}))
+        made.append(RemoteWorker(deadly={"snapkv"}))
         return made[-1]
 
-    outcomes = dict(on_ray._spread(["a", "b", "c"], make_worker, 1))
-    assert (outcomes["a"], outcomes["c"]) == (("a",), ("c",))
-    assert outcomes["b"].error == "the worker died: RayError: died"
+    came = spread([["knorm"], ["snapkv"], ["keydiff"]], make_worker, 1)
+    assert kinds(came["knorm"]) == kinds(came["keydiff"]) == [outcomes.Finished, outcomes.Measured]
+    (failed,) = came["snapkv"]
+    assert failed.error == "the worker died: RayError: died"
     assert len(made) == 2
+
+
+def test_cells_that_shared_a_worker_that_died_are_measured_one_by_one_from_where_they_were(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", RayOfOneProcess)
+    made = []
+
+    def make_worker():
+        made.append(RemoteWorker(deadly={"snapkv"}))
+        return made[-1]
+
+    came = spread([["knorm", "snapkv", "keydiff"]], make_worker, 1)
+    assert kinds(came["knorm"]) == [outcomes.Finished, outcomes.Finished, outcomes.Measured]
+    assert kinds(came["snapkv"]) == [outcomes.Failed]
+    assert kinds(came["keydiff"]) == [outcomes.Finished, outcomes.Measured]
+    assert [len(unit) for worker in made for unit in worker.units] == [3, 1, 1, 1]
+    ((_, so_far),) = made[1].units[0]
+    assert so_far == {0: {"kl": 1}}
 
 
 def test_workers_that_do_not_start_end_the_sweep_only_if_none_does(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", RayOfOneProcess)
     workers = iter([RemoteWorker(starts=False), RemoteWorker()])
-    assert dict(on_ray._spread(["a", "b"], lambda: next(workers), 2)) == {"a": ("a",), "b": ("b",)}
-    with pytest.raises(here.RunnerError, match="no worker starts on the Ray cluster: died"):
-        list(on_ray._spread(["a", "b"], lambda: RemoteWorker(starts=False), 2))
+    came = spread([["knorm"], ["snapkv"]], lambda: next(workers), 2)
+    assert kinds(came["knorm"]) == kinds(came["snapkv"]) == [outcomes.Finished, outcomes.Measured]
+    with pytest.raises(outcomes.RunnerError, match="no worker starts on the Ray cluster: died"):
+        spread([["knorm"], ["snapkv"]], lambda: RemoteWorker(starts=False), 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "expected"),
+    [([5], 1, [5]), ([5], 3, [1, 2, 2]), ([4, 1], 3, [1, 2, 2]), ([1, 1], 9, [1, 1]), ([8], 4, [2, 2, 2, 2])],
+)
+def test_units_are_halved_until_each_worker_has_one(sizes, count, expected):
+    units = [[EvaluationConfig(seed=seed) for seed in range(size)] for size in sizes]
+    parts = here.split(units, count)
+    assert sorted(map(len, parts)) == expected
+    assert [config for part in parts for config in part] == [config for unit in units for config in unit]
 
 
 @pytest.mark.parametrize("runner", ["local", "ray"])
@@ -325,7 +391,7 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(r
         {"press_name": presses},
         {"press_name": presses, "dataset": "fidelity", "text_file": str(text), "continuation_length": 9},
     ]
-    grid = write_grid(tmp_path, model, compression_ratio=[0.25, 0.75], seed=[1, 2], cells=blocks)
+    grid = write_grid(tmp_path, model, compression_ratio=[0.25, 0.75], seed=[1, 2], n_samples=3, cells=blocks)
     assert sweep(grid, tmp_path / "alone") == 0
     alone = results(tmp_path / "alone")
     assert len(alone) == 2 * 2 * (1 + 4 * 2)
@@ -345,8 +411,10 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(r
         timeout=900 + 60 * KILLS[runner],  # more than the program itself waits, on however busy a machine
     )
     assert finished.returncode == 0, finished.stderr[-3000:] + folder.with_suffix(".log").read_text()[-3000:]
-    print("cells that had landed at each kill:", finished.stdout)
+    print("cells, and samples of others, that were there at each kill:", finished.stdout)
     assert len(progress := json.loads(finished.stdout)) == KILLS[runner]
-    assert any(0 < count < len(alone) for count in progress)  # in the midst of it
+    assert any(
+        n_cells < len(alone) and n_cells + n_samples > 0 for n_cells, n_samples in progress
+    )  # in the midst of it
     assert results(folder) == alone
     assert {place.name for place in folder.glob(".*")} <= {".sweep.lock"}
