@@ -105,8 +105,10 @@ class MergeReport:
 
         Parameters
         ----------
-        layer_idx, eviction
-            As in :meth:`record`.
+        layer_idx : int
+            The layer.
+        eviction : Eviction
+            What was evicted.
         similarity, weight, target : torch.Tensor
             As :func:`kvpress_merging.kernels.blend.cosine_blend` returns them; the similarity is of no meaning where
             the weight is 0, unless ``keep_pairs``. They are kept, so not to be written.
@@ -132,8 +134,10 @@ class MergeReport:
 
         Parameters
         ----------
-        layer_idx, eviction
-            As in :meth:`record`.
+        layer_idx : int
+            The layer.
+        eviction : Eviction
+            What was evicted.
         is_fitted, error_before, error_after : torch.Tensor
             As :func:`kvpress_merging.kernels.match.attention_match` returns them.
         """

@@ -75,6 +75,7 @@ class EnteredModel:
         self.without_rotary_emb = [module for module in attention_modules(model) if not hasattr(module, "rotary_emb")]
         self.earlier_hooks = {(id(hooks), number) for hooks, number in self._hooks()}
         self.new_hooks: list[tuple[dict[int, Any], int]] = []
+        self.is_ready = False  # for the body of the context: hooks that are put on from then on are not of the press
 
     def note_hooks(self) -> None:
         """All hooks that are there now and were not before are the press's, or ours."""
@@ -100,7 +101,7 @@ class EnteredModel:
     def take_off(self) -> None:
         """Take off everything, after an exception."""
         self.model.config._attn_implementation = self.attn_implementation
-        if not self.new_hooks:  # the exception came while the press was entered
+        if not self.is_ready:
             self.note_hooks()
         for hooks, number in self.new_hooks:
             hooks.pop(number, None)

@@ -73,6 +73,7 @@ class Watch:
             entered.note_hooks()
             handles = self._put_hooks(model, entered)
             entered.note_hooks()
+            entered.is_ready = True
             yield
             for handle in handles:
                 handle.remove()
