@@ -53,6 +53,7 @@ class Questions:
         kwargs: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "device": device}
         self._pipeline = KVPressTextGenerationPipeline(**kwargs)
         self._config = config
+        self._encoded: tuple[pd.DataFrame, dict[str, Any]] | None = None
         samples = samples.copy()
         samples["context"] += delimiter
         if config.query_aware:
@@ -101,10 +102,12 @@ class Questions:
         return [{"predicted_answer": said, "compression_ratio": ratio, **times} for said in answers]
 
     def _encode(self, context: pd.DataFrame) -> dict[str, Any]:
-        first = context.iloc[0]
-        settings, _, _ = self._pipeline._sanitize_parameters(
-            questions=context["question"].to_list(),
-            answer_prefix=first["answer_prefix"],
-            max_context_length=self._config.max_context_length,
-        )
-        return self._pipeline.preprocess(first["context"], **settings)
+        if self._encoded is None or self._encoded[0] is not context:  # once for all presses
+            first = context.iloc[0]
+            settings, _, _ = self._pipeline._sanitize_parameters(
+                questions=context["question"].to_list(),
+                answer_prefix=first["answer_prefix"],
+                max_context_length=self._config.max_context_length,
+            )
+            self._encoded = context, self._pipeline.preprocess(first["context"], **settings)
+        return self._encoded[1]
