@@ -51,7 +51,7 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 
 def main(checkpoint: str, out: str) -> None:
     dist.init_process_group("gloo")
-    match_module._MOST_ERROR = MOST_ERROR
+    match_module._MAX_ERROR = MOST_ERROR
     model = AutoModelForCausalLM.from_pretrained(checkpoint, tp_plan="auto").eval()
     results: dict = {"rows of q_proj": model.model.layers[0].self_attn.q_proj.weight.shape[0]}
     for name, make in PRESSES.items():

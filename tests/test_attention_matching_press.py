@@ -44,7 +44,7 @@ def llama(tmp_path_factory):
 def most_error(share: float):
     """Have heads take fits that leave so much of eviction's error: with 0 none, with infinity any."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(match_module, "_MOST_ERROR", share)
+        monkeypatch.setattr(match_module, "_MAX_ERROR", share)
         yield
 
 

@@ -35,7 +35,7 @@ def input_ids():
 @pytest.fixture(autouse=True)
 def most_error(monkeypatch):
     """Random layers have less in common than those of a text: let a head take any fit that gains something."""
-    monkeypatch.setattr(match_module, "_MOST_ERROR", 1.0)
+    monkeypatch.setattr(match_module, "_MAX_ERROR", 1.0)
 
 
 def assert_equal(layers, others):

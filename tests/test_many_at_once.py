@@ -49,7 +49,7 @@ def input_ids():
 @pytest.fixture(autouse=True)
 def most_error(monkeypatch):
     """Random layers have less in common than those of a text: let a head take any fit that gains something."""
-    monkeypatch.setattr(match_module, "_MOST_ERROR", tensor_parallel.MOST_ERROR)
+    monkeypatch.setattr(match_module, "_MAX_ERROR", tensor_parallel.MOST_ERROR)
 
 
 def prefill(model, press, input_ids, inside=nullcontext):

@@ -125,7 +125,7 @@ def test_what_survives_its_order_dtype_device_and_contiguity_are_the_bare_presss
 def test_a_re_fit_that_no_head_takes_leaves_the_bits_of_the_bare_press(make, input_ids):
     model = model_of(torch.float32)
     bare = run(model, make(), input_ids)
-    with mock.patch.object(match, "_MOST_ERROR", 0.0):
+    with mock.patch.object(match, "_MAX_ERROR", 0.0):
         result = run(model, AttentionMatchingPress(make()), input_ids)
     for mine, theirs in zip(result, bare):
         assert same_bits(mine.keys, theirs.keys)

@@ -196,8 +196,9 @@ class AttentionMatchingPress(MergeOnEvictPress):
             int(module.layer_idx),  # type: ignore[arg-type]
             eviction,
             match.is_fitted,
-            match.error_before,
-            match.error_after,
+            match.eviction_error,
+            match.matching_error,
+            match.output_norm,
         )
         return match.keys, match.values
 

@@ -26,6 +26,7 @@ class LayerReport:
     weights: list[torch.Tensor] = field(default_factory=list)
     targets: list[tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=list)
     most_merges: list[torch.Tensor] = field(default_factory=list)
+    new_fits: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     fits: list[torch.Tensor] = field(default_factory=list)
     has_lost: list[bool] = field(default_factory=list)
     pairs: list[Pairs] = field(default_factory=list)
@@ -47,13 +48,23 @@ class LayerReport:
         if self.most_merges:
             self.most_merges = [torch.stack(self.most_merges).amax()]
 
-    def add_fits(self, eviction: Eviction, fits: torch.Tensor) -> None:
-        self.fits.append(fits)
+    def add_fits(self, eviction: Eviction, fits: tuple[torch.Tensor, ...]) -> None:
+        """Note one eviction. The relative errors are worked out when they are read."""
+        self.new_fits.append(fits)
         if eviction.counts is None:
-            self.has_lost += [True] * fits.shape[1]
+            self.has_lost += [True] * fits[0].numel()
         else:
             self.has_lost += [n_evicted > 0 for _, n_evicted in eviction.counts]
-        if len(self.fits) > _MOST_PARTS:
+        if len(self.new_fits) > _MOST_PARTS:
+            self._relate_errors()
+
+    def _relate_errors(self) -> None:
+        for is_fitted, eviction_error, matching_error, output_norm in self.new_fits:
+            norm = torch.linalg.vector_norm(output_norm, dim=-1).clamp(min=1e-19)
+            relative = ((error / norm).square() for error in (eviction_error, matching_error))
+            self.fits.append(torch.stack([is_fitted.float(), *relative]).flatten(1))
+        self.new_fits.clear()
+        if self.fits:
             self.fits = [torch.cat(self.fits, dim=1)]
 
     def summary(self) -> dict[str, Any]:
@@ -61,8 +72,9 @@ class LayerReport:
         row: dict[str, Any] = {"kept": self.n_survivors, "evicted": self.n_evicted, "merged": 0}
         row |= dict.fromkeys(("similarity_mean", "similarity_q05", "similarity_q50", "bound_mean"))
         row["most_merges"] = 0
+        self._relate_errors()
         if self.fits:
-            fits = torch.cat(self.fits, dim=1).double().cpu()[:, torch.tensor(self.has_lost)]
+            fits = self.fits[0].double().cpu()[:, torch.tensor(self.has_lost)]
             is_fitted, error_before, error_after = fits
             row["heads"], row["heads_fitted"] = len(is_fitted), int(is_fitted.sum())
             row["error_before"] = float(error_before.mean())

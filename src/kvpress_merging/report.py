@@ -132,11 +132,12 @@ class MergeReport:
         layer_idx: int,
         eviction: Eviction,
         is_fitted: torch.Tensor,
-        error_before: torch.Tensor,
-        error_after: torch.Tensor,
+        eviction_error: torch.Tensor,
+        matching_error: torch.Tensor,
+        output_norm: torch.Tensor,
     ) -> None:
         """
-        Note what one eviction's re-fit did.
+        Note what matching did at one eviction.
 
         Parameters
         ----------
@@ -144,13 +145,11 @@ class MergeReport:
             The layer.
         eviction : Eviction
             What was evicted.
-        is_fitted : torch.Tensor
-            Which heads took the fit, bool, shape ``(bsz, num_key_value_heads)``.
-        error_before, error_after : torch.Tensor
-            Relative squared errors of eviction and of the fit, float32, same shape.
+        is_fitted, eviction_error, matching_error, output_norm : torch.Tensor
+            See :class:`kvpress_merging.kernels.match.Match`.
         """
         layer = self._layers.setdefault(layer_idx, LayerReport())
-        layer.add_fits(eviction, torch.stack([is_fitted.float(), error_before, error_after]).flatten(1))
+        layer.add_fits(eviction, (is_fitted, eviction_error, matching_error, output_norm))
 
     def to_dict(self) -> dict[int, dict[str, Any]]:
         """One dict of figures per layer, by layer index; see the class for their names."""
@@ -199,7 +198,7 @@ class MergeReport:
         if layer is None:
             seen = ", ".join(map(str, sorted(self._layers))) or "none yet"
             raise ValueError(f"layer_idx must be a layer that the press has seen ({seen}), got {layer_idx!r}")
-        if layer.fits:
+        if layer.fits or layer.new_fits:
             raise ValueError(
                 "a re-fit moves all survivors of a head together, so there are no pairs to show: "
                 "plot_layers() and to_frame() tell what it did"
