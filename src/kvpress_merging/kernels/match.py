@@ -9,7 +9,6 @@ After [Fast KV Compaction via Attention Matching](https://arxiv.org/abs/2602.162
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -23,12 +22,12 @@ from kvpress_merging.kernels.match_heads import (
     MIN_SQUARE,
     TINY,
     VALUE_WEIGHT,
-    match_heads,
+    match_block,
     survivors_before,
 )
 from kvpress_merging.kernels.nearby import naive_nearest_nearby
 from kvpress_merging.kernels.products import without_autocast
-from kvpress_merging.kernels.rows import block_bytes, first_rows, head_blocks, scalar
+from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, head_blocks
 
 # Share of eviction's error that a fit may leave on queries left out: what few queries say of others is uncertain.
 _MAX_ERROR = 0.8
@@ -144,7 +143,9 @@ def attention_match(
     counts = eviction.counts or ((n_survivors, n_evicted),) * n_heads
     bytes_per_head = 4 * max(1, n_survivors + n_evicted) * max(1, head_dim, queries.shape[2])
     if eviction.counts is None:
-        slices = list(head_slices([bytes_per_head] * n_heads, block_bytes(device), block_bytes(device)))
+        max_block = block_bytes(device)
+        max_bytes = DEFAULT_TILE_BYTES if bytes_per_head <= max_block // 8 else max_block
+        slices = list(head_slices([bytes_per_head] * n_heads, max_bytes, max_block))
     else:  # each by itself, since a head that lost more than another would have to be padded
         slices = [slice(head, head + 1) for head in range(n_heads)]
 
@@ -165,74 +166,19 @@ def attention_match(
         n_matched += len(both)
         with without_autocast(device):
             parts.append(
-                _match_block(
+                match_block(
                     of_heads,
                     both,
                     survivors_before(survivors, evicted, k_len),
                     lists[2][heads, :n_survivors],
                     keys_rewritten=eviction.keys_rewritten,
                     key_ridge=key_ridge,
+                    max_error=_MAX_ERROR,
                 )
             )
     # New tensors, also where all of it is what the press left.
     new = [torch.cat(of_parts) for of_parts in zip(*parts)] if parts[1:] or n_matched == 0 else parts[0]
     return Match(*(part.unflatten(0, (bsz, num_key_value_heads)) for part in new))
-
-
-def _match_block(
-    layer: Sequence[torch.Tensor],
-    positions: torch.Tensor,
-    place: torch.Tensor,
-    slots: torch.Tensor,
-    *,
-    keys_rewritten: bool,
-    key_ridge: float,
-) -> tuple[torch.Tensor, ...]:
-    """
-    Match a block of heads.
-
-    Parameters
-    ----------
-    layer : sequence of torch.Tensor
-        The tensors that :func:`attention_match` takes, of the block's heads, without a batch axis.
-    positions : torch.Tensor
-        Survivors, then evicted positions, int64, shape ``(n_heads, n_survivors + n_evicted)``.
-    place : torch.Tensor
-        How many survivors stand before each evicted position, int64, shape ``(n_heads, n_evicted)``.
-    slots : torch.Tensor
-        Of the survivors, int64, shape ``(n_heads, n_survivors)``.
-    keys_rewritten, key_ridge
-        See :func:`attention_match`.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        The fields of :class:`Match` for these heads.
-    """
-    keys, values, kept_keys, kept_values, queries, kept_queries = layer
-    (n_heads, k_len, head_dim), (n_slots, value_dim) = keys.shape, kept_values.shape[1:]
-    flat = (positions + first_rows(n_heads, k_len, keys.device)).view(-1)
-    slot = (slots + first_rows(n_heads, n_slots, keys.device)).view(-1)
-    one = scalar(1.0, torch.float32, keys.device).expand(*positions.shape, 1)
-    of_keys, of_values = (
-        rows.reshape(-1, rows.shape[-1]).index_select(0, flat).view(*positions.shape, -1) for rows in (keys, values)
-    )
-    rows = torch.cat([of_keys, of_values, one], dim=-1).float()
-    old_keys = None
-    if keys_rewritten:
-        old_keys = kept_keys.reshape(-1, head_dim).index_select(0, slot).view(*slots.shape, head_dim).float()
-    matched, of_eviction, of_matching, output_norm = match_heads(
-        rows, head_dim, place, queries, kept_queries, old_keys, key_ridge=key_ridge
-    )
-    matched = matched.to(kept_keys.dtype)
-    # One number that is not finite spoils the sum, and a comparison with what is not a number is False.
-    of_matching.add_(matched.sum(dim=(1, 2), dtype=torch.float32), alpha=0)
-    is_better = of_matching < sqrt(_MAX_ERROR) * of_eviction
-    new = []
-    for kept, columns in ((kept_keys, slice(0, head_dim)), (kept_values, slice(head_dim, head_dim + value_dim))):
-        changed = kept.reshape(n_heads * n_slots, -1).index_copy(0, slot, matched[..., columns].flatten(0, 1))
-        new.append(torch.where(is_better[:, None, None], changed.view(kept.shape), kept))
-    return *new, is_better, of_eviction, of_matching, output_norm
 
 
 def naive_attention_match(

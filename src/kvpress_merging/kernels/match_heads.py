@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import sqrt
+
 import torch
 
 from kvpress_merging.kernels.nearby import nearest_rows
@@ -30,6 +33,66 @@ def survivors_before(survivors: torch.Tensor, evicted: torch.Tensor, k_len: int)
     if survivors.shape[1] + n_evicted == k_len:
         return evicted - first_rows(n_evicted, 1, evicted.device).view(-1)
     return torch.searchsorted(survivors.contiguous(), evicted.contiguous())
+
+
+def match_block(
+    layer: Sequence[torch.Tensor],
+    positions: torch.Tensor,
+    place: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    keys_rewritten: bool,
+    key_ridge: float,
+    max_error: float,
+) -> tuple[torch.Tensor, ...]:
+    """
+    Match a block of heads.
+
+    Parameters
+    ----------
+    layer : sequence of torch.Tensor
+        The tensors that :func:`kvpress_merging.kernels.match.attention_match` takes, of the block's heads, without a
+        batch axis.
+    positions : torch.Tensor
+        Survivors, then evicted positions, int64, shape ``(n_heads, n_survivors + n_evicted)``.
+    place : torch.Tensor
+        How many survivors stand before each evicted position, int64, shape ``(n_heads, n_evicted)``.
+    slots : torch.Tensor
+        Of the survivors, int64, shape ``(n_heads, n_survivors)``.
+    keys_rewritten, key_ridge
+        See :func:`kvpress_merging.kernels.match.attention_match`.
+    max_error : float
+        Share of eviction's squared error that matching may leave for a head to take it.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        The fields of :class:`kvpress_merging.kernels.match.Match` for these heads.
+    """
+    keys, values, kept_keys, kept_values, queries, kept_queries = layer
+    (n_heads, k_len, head_dim), (n_slots, value_dim) = keys.shape, kept_values.shape[1:]
+    flat = (positions + first_rows(n_heads, k_len, keys.device)).view(-1)
+    slot = (slots + first_rows(n_heads, n_slots, keys.device)).view(-1)
+    one = scalar(1.0, torch.float32, keys.device).expand(*positions.shape, 1)
+    of_keys, of_values = (
+        rows.reshape(-1, rows.shape[-1]).index_select(0, flat).view(*positions.shape, -1) for rows in (keys, values)
+    )
+    rows = torch.cat([of_keys, of_values, one], dim=-1).float()
+    old_keys = None
+    if keys_rewritten:
+        old_keys = kept_keys.reshape(-1, head_dim).index_select(0, slot).view(*slots.shape, head_dim).float()
+    matched, of_eviction, of_matching, output_norm = match_heads(
+        rows, head_dim, place, queries, kept_queries, old_keys, key_ridge=key_ridge
+    )
+    matched = matched.to(kept_keys.dtype)
+    # One number that is not finite spoils the sum, and a comparison with what is not a number is False.
+    of_matching.add_(matched.sum(dim=(1, 2), dtype=torch.float32), alpha=0)
+    is_better = of_matching < sqrt(max_error) * of_eviction
+    new = []
+    for kept, columns in ((kept_keys, slice(0, head_dim)), (kept_values, slice(head_dim, head_dim + value_dim))):
+        changed = kept.reshape(n_heads * n_slots, -1).index_copy(0, slot, matched[..., columns].flatten(0, 1))
+        new.append(torch.where(is_better[:, None, None], changed.view(kept.shape), kept))
+    return *new, is_better, of_eviction, of_matching, output_norm
 
 
 def match_heads(
