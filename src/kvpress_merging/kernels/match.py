@@ -17,6 +17,7 @@ import torch
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.buckets import head_slices
 from kvpress_merging.kernels.match_heads import (
+    METRIC_RIDGE,
     MIN_MASS,
     MIN_SHARE,
     MIN_SQUARE,
@@ -95,18 +96,19 @@ def attention_match(
 
     1. *clusters*. Each evicted position i is counted to the survivor j whose logits and value are most like its own, of
        some that are near it in the context (:func:`kvpress_merging.kernels.nearby.nearest_nearby`): the one with the
-       least ``(k_i - k_j)^T M (k_i - k_j) / n_queries + 4 |v_i - v_j|^2 / mean |v|^2``, with ``M = Q^T W Q + a I``.
-       ``W`` is diagonal: the more of its output a query lost, the more it weighs, ``w_r = (1 + e_r / mean e) / 2`` with
-       ``e_r`` the squared error of eviction for query r.
+       least ``(k_i - k_j)^T (Q^T W Q + u I) (k_i - k_j) / n_queries + 4 |v_i - v_j|^2 / mean |v|^2``, with ``u`` the
+       mean of the diagonal of ``Q^T W Q``. ``W`` is diagonal: the more of its output a query lost, the more it weighs,
+       ``w_r = (1 + e_r / mean e) / 2`` with ``e_r`` the squared error of eviction for query r.
     2. *means*. Survivor j now stands for all that was counted to it, so its value becomes the mean of those values,
        ``v'_j = (f_j v_j + sum_i f_i v_i) / (f_j + sum_i f_i)``, and ``k'_j`` is the same mean of their keys. A position
        weighs ``f = m + 1e-3``, with m its mean attention from the reference queries: what they look at decides, and
        where they look at nothing all count alike.
     3. *mass*. The logit of survivor j should grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the
        i counted to j. The shift of its key that does so best is a ridge regression,
-       ``D_j = M^-1 (Q^T W d_j + a (k'_j - k_j))``, one factorization for all survivors. The ridge pulls towards the
-       mean key: to a query unlike all reference queries, the survivor looks as what was counted to it does on average.
-       Where the press rewrote the survivors' keys the mean does not belong, and it pulls towards the key as it is.
+       ``D_j = (Q^T W Q + a I)^-1 (Q^T W d_j + a (k'_j - k_j))``, one factorization for all survivors. The ridge pulls
+       towards the mean key: to a query unlike all reference queries, the survivor looks as what was counted to it does
+       on average. Where the press rewrote the survivors' keys the mean does not belong, and it pulls towards the key as
+       it is.
     4. *do no harm*. What the others would say of each query's ``d_rj`` is known in closed form (leave one out). A head
        takes the fit only if attention by those logits leaves less than 0.8 of eviction's squared error of output and
        mass.
@@ -130,7 +132,7 @@ def attention_match(
     eviction : Eviction
         Which positions survived, where they stand in what the press left, and which were evicted.
     key_ridge : float
-        ``a``, in units of the mean of the diagonal of ``Q^T W Q``.
+        ``a / u``.
 
     Returns
     -------
@@ -228,7 +230,7 @@ def naive_attention_match(
             old_values,
             all_values[evicted],
             torch.searchsorted(survivors, evicted),
-            gram + key_ridge * gram.diagonal().mean() * identity,
+            gram + METRIC_RIDGE * gram.diagonal().mean() * identity,
             VALUE_WEIGHT * len(q) / some_values.square().sum(dim=1).mean().clamp(min=MIN_SQUARE),
         )
         fitted_values, pull = old_values.clone(), torch.zeros_like(old_keys)

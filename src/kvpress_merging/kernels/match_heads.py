@@ -17,6 +17,9 @@ MIN_MASS = 1e-20
 # What the distance of two positions makes of their values: the mean square of their difference, in units of the mean
 # square of a value, weighs as much as so many squared differences of logits.
 VALUE_WEIGHT = 4.0
+# The same of their keys where reference queries see no difference, in units of the mean squared reference query: other
+# queries may.
+METRIC_RIDGE = 1.0
 # In means, each position counts as if it had this share of the attention on top of its own: what no reference query
 # looks at may be what is asked for later.
 MIN_SHARE = 1e-3
@@ -154,12 +157,14 @@ def match_heads(
     weight, output_norm = query_weights(residual[..., :-1]), torch.linalg.vector_norm(output[..., :-1], dim=-1)
     of_eviction = _error(residual, output_norm)
     weighted = queries * weight
-    moment, mean = _second_moment(queries, weighted, key_ridge)
+    moment, unit = _second_moment(queries, weighted)
 
     value_norm = torch.linalg.vector_norm(values[..., :-1], dim=(1, 2), keepdim=True)
     value_metric = value_norm.clamp_(min=(MIN_SQUARE * width) ** 0.5).pow_(-2).mul_(VALUE_WEIGHT * n_queries * width)
     both = rows[..., :-1]
+    _add_ridge_(moment, unit, METRIC_RIDGE)
     target = nearest_rows(both[:, :n_survivors], both[:, n_survivors:], place, moment, value_metric)
+    _add_ridge_(moment, unit, key_ridge - METRIC_RIDGE)
 
     # All that is counted to a survivor, added to it: rows weighted by f, and attention.
     share = all_mass.mean(dim=2, keepdim=True).add_(MIN_SHARE)
@@ -174,13 +179,14 @@ def match_heads(
 
     if old_keys is not None:
         weighted = kept_queries * weight
-        moment, mean = _second_moment(kept_queries, weighted, key_ridge)
+        moment, unit = _second_moment(kept_queries, weighted)
+        _add_ridge_(moment, unit, key_ridge)
     inverse = torch.linalg.inv_ex(moment).inverse
     smoother = torch.bmm(weighted, inverse)
     shift = torch.bmm(growth, smoother)
     if old_keys is None:
         old_keys = keys[:, :n_survivors]
-        shift.baddbmm_(matched[..., :head_dim] - old_keys, inverse.mul_(mean), alpha=key_ridge)
+        shift.baddbmm_(matched[..., :head_dim] - old_keys, inverse.mul_(unit[..., None]), alpha=key_ridge)
     # A query's growth as the others would have it: g + (fit - g) / (1 - leverage).
     freedom = (1 - (kept_queries * smoother).sum(dim=-1)).clamp_(min=MIN_FREEDOM)
     growth.addcdiv_(torch.baddbmm(growth, shift, kept_queries.transpose(1, 2), beta=-1), freedom[:, None])
@@ -211,15 +217,12 @@ def _error(residual: torch.Tensor, output_norm: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(residual, dim=(1, 2))
 
 
-def _second_moment(
-    queries: torch.Tensor, weighted: torch.Tensor, key_ridge: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    ``Q^T W Q + a I``, shape ``(n_heads, head_dim, head_dim)``, and the mean of the diagonal of ``Q^T W Q``, shape
-    ``(n_heads, 1, 1)``: ``a`` is ``key_ridge`` times that.
-    """
-    gram = torch.bmm(queries.transpose(1, 2), weighted)
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(dim=-1, keepdim=True)
-    diagonal.add_(mean, alpha=key_ridge)
-    return gram, mean[..., None]
+def _second_moment(queries: torch.Tensor, weighted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Q^T W Q``, shape ``(n_heads, head_dim, head_dim)``, and the mean of its diagonal, shape ``(n_heads, 1)``."""
+    moment = torch.bmm(queries.transpose(1, 2), weighted)
+    return moment, moment.diagonal(dim1=1, dim2=2).mean(dim=-1, keepdim=True)
+
+
+def _add_ridge_(moment: torch.Tensor, unit: torch.Tensor, ridge: float) -> None:
+    """Add ``ridge`` units to the diagonal, in place."""
+    moment.diagonal(dim1=1, dim2=2).add_(unit, alpha=ridge)
