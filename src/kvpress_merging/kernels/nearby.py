@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvpress_merging.kernels.buckets import on_device
-from kvpress_merging.kernels.rows import block_bytes, first_rows
+from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, first_rows
 from kvpress_merging.kernels.tiles import first_max
 
 WINDOW = 256
@@ -95,7 +95,10 @@ def nearest_rows(
     blocks = evicted.unflatten(1, (n_blocks, length))
     flat_start = start + first_rows(n_heads, n_survivors, device)
     near = first_rows(WINDOW, 1, device).view(-1)
-    at_once = max(1, block_bytes(device) // (4 * n_heads * WINDOW * (n_channels + length)))
+    bytes_per_block, max_bytes = 4 * WINDOW * (n_channels + length), block_bytes(device)
+    if n_blocks * bytes_per_block <= max_bytes // 8:  # many short contexts are searched in one go
+        max_bytes = DEFAULT_TILE_BYTES
+    at_once = max(1, max_bytes // (n_heads * bytes_per_block))
     target = []
     for i in range(0, n_blocks, at_once):
         block = slice(i, i + at_once)
