@@ -60,6 +60,13 @@ def test_matching_an_even_eviction_takes_few_operations(heads, bsz):
     assert count(even_layer(heads, bsz), attention_match, queries, queries, key_ridge=0.1) <= 82
 
 
+@pytest.mark.parametrize(("heads", "bsz"), HEADS_AND_ROWS)
+def test_matching_a_ragged_eviction_takes_no_more_for_more_heads(heads, bsz):
+    """Two buckets of like size, since one would add a third of padding."""
+    queries = random_rows(bsz, heads, 96, 16, seed=5)
+    assert count(ragged_layer(heads, bsz), attention_match, queries, queries, key_ridge=0.1) <= 181
+
+
 def test_making_an_even_eviction_takes_three_operations_and_a_ragged_one_three():
     kept = random_kept(2, 4, K_LEN, 300, seed=0)
     is_survivor = random_rows(2, 4, K_LEN, seed=1) > 0

@@ -26,7 +26,8 @@ from kvpress_merging.kernels.match_heads import (
     match_block,
     survivors_before,
 )
-from kvpress_merging.kernels.nearby import naive_nearest_nearby
+from kvpress_merging.kernels.match_ragged import match_ragged
+from kvpress_merging.kernels.nearby import block_length, naive_nearest_nearby
 from kvpress_merging.kernels.products import without_autocast
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, head_blocks
 
@@ -143,43 +144,26 @@ def attention_match(
     n_heads, device = bsz * num_key_value_heads, keys.device
     n_survivors, n_evicted = eviction.survivors.shape[-1], eviction.evicted.shape[-1]
     counts = eviction.counts or ((n_survivors, n_evicted),) * n_heads
-    bytes_per_head = 4 * max(1, n_survivors + n_evicted) * max(1, head_dim, queries.shape[2])
-    if eviction.counts is None:
-        max_block = block_bytes(device)
-        max_bytes = DEFAULT_TILE_BYTES if bytes_per_head <= max_block // 8 else max_block
-        slices = list(head_slices([bytes_per_head] * n_heads, max_bytes, max_block))
-    else:  # each by itself, since a head that lost more than another would have to be padded
-        slices = [slice(head, head + 1) for head in range(n_heads)]
-
+    layer = [part.flatten(0, 1) for part in (keys, values, kept_keys, kept_values, queries)]
+    layer.append(layer[-1] if kept_queries is queries else kept_queries.flatten(0, 1))
+    options = {"key_ridge": key_ridge, "max_error": _MAX_ERROR}
     parts: list[tuple[torch.Tensor, ...]] = []
-    layer = [part.flatten(0, 1) for part in (keys, values, kept_keys, kept_values, queries, kept_queries)]
-    lists = [positions.flatten(0, 1) for positions in (eviction.survivors, eviction.evicted, eviction.slots)]
-    positions = eviction.positions.flatten(0, 1) if eviction.counts is None else None
-    n_matched = 0
-    for heads in slices:
-        n_survivors, n_evicted = counts[heads.start]
-        of_heads = [part[heads] for part in layer]
-        if n_survivors == 0 or n_evicted == 0:
-            nothing = torch.zeros(len(of_heads[0]), queries.shape[2], dtype=torch.float32, device=device)
-            parts.append((of_heads[2], of_heads[3], nothing[:, 0].bool(), nothing[:, 0], nothing[:, 0], nothing))
-            continue
-        survivors, evicted = lists[0][heads, :n_survivors], lists[1][heads, :n_evicted]
-        both = torch.cat([survivors, evicted], dim=1) if positions is None else positions[heads]
-        n_matched += len(both)
-        with without_autocast(device):
-            parts.append(
-                match_block(
-                    of_heads,
-                    both,
-                    survivors_before(survivors, evicted, k_len),
-                    lists[2][heads, :n_survivors],
-                    keys_rewritten=eviction.keys_rewritten,
-                    key_ridge=key_ridge,
-                    max_error=_MAX_ERROR,
-                )
-            )
-    # New tensors, also where all of it is what the press left.
-    new = [torch.cat(of_parts) for of_parts in zip(*parts)] if parts[1:] or n_matched == 0 else parts[0]
+    with without_autocast(device):
+        if eviction.counts is not None or n_survivors == 0 or n_evicted == 0:
+            parts.append(match_ragged(layer, eviction, counts, **options))
+        else:
+            bytes_per_head = 4 * (n_survivors + n_evicted) * max(1, head_dim, queries.shape[2])
+            max_block = block_bytes(device)
+            max_bytes = DEFAULT_TILE_BYTES if bytes_per_head <= max_block // 8 else max_block
+            lists = [part.flatten(0, 1) for part in (eviction.survivors, eviction.evicted, eviction.slots)]
+            positions = eviction.positions.flatten(0, 1)
+            for heads in head_slices([bytes_per_head] * n_heads, max_bytes, max_block):
+                survivors, evicted, slots = (part[heads] for part in lists)
+                place = survivors_before(survivors, evicted, k_len)
+                of_heads = [part[heads] for part in layer]
+                rewritten = eviction.keys_rewritten
+                parts.append(match_block(of_heads, positions[heads], place, slots, keys_rewritten=rewritten, **options))
+    new = [torch.cat(of_parts) for of_parts in zip(*parts)] if len(parts) > 1 else parts[0]
     return Match(*(part.unflatten(0, (bsz, num_key_value_heads)) for part in new))
 
 
@@ -232,6 +216,7 @@ def naive_attention_match(
             torch.searchsorted(survivors, evicted),
             gram + METRIC_RIDGE * gram.diagonal().mean() * identity,
             VALUE_WEIGHT * len(q) / some_values.square().sum(dim=1).mean().clamp(min=MIN_SQUARE),
+            block_length(eviction.n_survivors, eviction.n_evicted),
         )
         fitted_values, pull = old_values.clone(), torch.zeros_like(old_keys)
         for j in range(n_survivors):

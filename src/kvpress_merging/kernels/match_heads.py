@@ -7,8 +7,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import sqrt
 
+import numpy as np
 import torch
 
+from kvpress_merging.kernels.buckets import is_padding, on_device
 from kvpress_merging.kernels.nearby import nearest_rows
 from kvpress_merging.kernels.rows import add_rows_, first_rows, scalar
 
@@ -107,6 +109,8 @@ def match_heads(
     old_keys: torch.Tensor | None,
     *,
     key_ridge: float,
+    counts: np.ndarray | None = None,
+    length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Match heads, whether that is better than eviction or not.
@@ -128,6 +132,11 @@ def match_heads(
         The survivors' keys where the press rewrote them, float32, shape ``(n_heads, n_survivors, head_dim)``.
     key_ridge
         See :func:`kvpress_merging.kernels.match.attention_match`.
+    counts : numpy.ndarray, optional
+        How many survivors and evicted positions of each head are real, int64, shape ``(n_heads, 2)``, where the rest is
+        padding: rows of zeros.
+    length : int, optional
+        How many evicted positions share a window in the search for the nearest, see ``nearby.py``.
 
     Returns
     -------
@@ -144,6 +153,12 @@ def match_heads(
 
     # Positions run along rows, queries along columns, so that rows can be gathered and added.
     logits = torch.bmm(keys, queries.transpose(1, 2))
+    scale: float | torch.Tensor = VALUE_WEIGHT * n_queries * width
+    if counts is not None:
+        is_nothing = is_padding(counts.tolist(), n_survivors, width - n_survivors)
+        logits.masked_fill_(on_device(is_nothing, rows.device)[..., None], -torch.inf)
+        n_real = counts.sum(axis=1)[:, None, None].astype(np.float32)
+        scale = on_device(VALUE_WEIGHT * n_queries * n_real, rows.device)
     all_mass = logits.softmax(dim=1)
     mass, kept_values = all_mass[:, :n_survivors], values[:, :n_survivors]
     residual = torch.bmm(all_mass[:, n_survivors:].transpose(1, 2), values[:, n_survivors:])
@@ -160,10 +175,10 @@ def match_heads(
     moment, unit = _second_moment(queries, weighted)
 
     value_norm = torch.linalg.vector_norm(values[..., :-1], dim=(1, 2), keepdim=True)
-    value_metric = value_norm.clamp_(min=(MIN_SQUARE * width) ** 0.5).pow_(-2).mul_(VALUE_WEIGHT * n_queries * width)
+    value_metric = value_norm.clamp_(min=(MIN_SQUARE * width) ** 0.5).pow_(-2).mul_(scale)
     both = rows[..., :-1]
     _add_ridge_(moment, unit, METRIC_RIDGE)
-    target = nearest_rows(both[:, :n_survivors], both[:, n_survivors:], place, moment, value_metric)
+    target = nearest_rows(both[:, :n_survivors], both[:, n_survivors:], place, moment, value_metric, counts, length)
     _add_ridge_(moment, unit, key_ridge - METRIC_RIDGE)
 
     # All that is counted to a survivor, added to it: rows weighted by f, and attention.
@@ -174,7 +189,8 @@ def match_heads(
     lost = counted[:, n_survivors:].clone(memory_format=torch.contiguous_format)
     add_rows_(flat, to_row, lost.view(len(to_row), -1))
     counted = counted[:, :n_survivors]
-    matched = counted[..., :n_columns] / counted[..., n_columns - 1 : n_columns]
+    total = counted[..., n_columns - 1 : n_columns]
+    matched = counted[..., :n_columns] / (total if counts is None else total.clamp(min=TINY))
     growth = counted[..., n_columns:].add_(MIN_MASS).div(mass + MIN_MASS).log_()
 
     if old_keys is not None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvpress_merging.kernels.buckets import on_device
-from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, first_rows
+from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, first_rows, scalar
 from kvpress_merging.kernels.tiles import first_max
 
 WINDOW = 256
@@ -72,8 +72,15 @@ def nearest_rows(
     place: torch.Tensor,
     key_metric: torch.Tensor,
     value_metric: torch.Tensor,
+    counts: np.ndarray | None = None,
+    length: int | None = None,
 ) -> torch.Tensor:
-    """:func:`nearest_nearby`, with each position's key and value side by side in one row."""
+    """
+    :func:`nearest_nearby`, with each position's key and value side by side in one row.
+
+    Where heads are padded, ``counts``, shape ``(n_heads, 2)``, says how many of their survivors and evicted positions
+    are real, and ``length`` how many evicted positions share a window.
+    """
     (n_heads, n_survivors, n_channels), n_evicted, device = survivors.shape, evicted.shape[1], place.device
     # The distance of x to y is smallest where x^T M y - y^T M y / 2 is largest.
     head_dim = key_metric.shape[1]
@@ -81,16 +88,22 @@ def nearest_rows(
         [torch.bmm(survivors[..., :head_dim], key_metric), survivors[..., head_dim:] * value_metric], dim=-1
     )
     square = (survivors * measured).sum(dim=-1, keepdim=True)
+    if counts is not None:
+        is_nothing = on_device(np.arange(n_survivors) >= counts[:, :1], device)
+        square.masked_fill_(is_nothing[..., None], torch.inf)
     if n_survivors <= WINDOW:
         products = torch.baddbmm(square, measured, evicted.transpose(1, 2), beta=-0.5)
         return first_max(products, n_survivors)[1].squeeze(1)
 
-    length = block_length(n_survivors, n_evicted)
+    length = length or block_length(n_survivors, n_evicted)
     n_blocks, n_missing = -(-n_evicted // length), -n_evicted % length
     # Centred on the block's middle; the last block's on the middle of what there is of it.
-    middle = np.arange(n_blocks) * length + length // 2
-    middle[-1] = (n_blocks - 1) * length + (length - n_missing) // 2
-    start = place.index_select(1, on_device(middle, device)).sub_(WINDOW // 2).clamp_(0, n_survivors - WINDOW)
+    sizes = np.array([[n_survivors, n_evicted]]) if counts is None else counts
+    first = np.arange(n_blocks) * length
+    middle = np.minimum(first + np.clip(sizes[:, 1:] - first, 0, length) // 2, n_evicted - 1)
+    max_start = on_device(np.maximum(sizes[:, :1] - WINDOW, 0), device)
+    start = place.gather(1, on_device(middle, device).expand(n_heads, -1)).sub_(WINDOW // 2)
+    start.clamp_(scalar(0, torch.int64, device), max_start)
     evicted = F.pad(evicted, (0, 0, 0, n_missing)) if n_missing else evicted.contiguous()
     blocks = evicted.unflatten(1, (n_blocks, length))
     flat_start = start + first_rows(n_heads, n_survivors, device)
@@ -122,9 +135,10 @@ def naive_nearest_nearby(
     place: torch.Tensor,
     key_metric: torch.Tensor,
     value_metric: torch.Tensor,
+    length: int | None = None,
 ) -> torch.Tensor:
     """:func:`nearest_nearby` for one head, one evicted position after the other."""
-    length = block_length(len(survivor_keys), len(evicted_keys))
+    length = length or block_length(len(survivor_keys), len(evicted_keys))
     target = []
     for i, (key, value) in enumerate(zip(evicted_keys, evicted_values)):
         block = place[i - i % length : i - i % length + length]
