@@ -60,7 +60,7 @@ class LayerReport:
 
     def _relate_errors(self) -> None:
         for is_fitted, eviction_error, matching_error, output_norm in self.new_fits:
-            norm = torch.linalg.vector_norm(output_norm, dim=-1).clamp(min=1e-19)
+            norm = output_norm.clamp(min=1e-19)
             relative = ((error / norm).square() for error in (eviction_error, matching_error))
             self.fits.append(torch.stack([is_fitted.float(), *relative]).flatten(1))
         self.new_fits.clear()

@@ -51,7 +51,7 @@ class Match:
         Root of the squared error of the attention output over the reference queries, as eviction leaves it and as
         matching does, each query left out in its turn; float32, same shape. 0 where nothing was evicted.
     output_norm : torch.Tensor
-        Norm of each query's output, float32, shape ``(bsz, num_key_value_heads, n_queries)``.
+        Norm of all queries' outputs together, float32, same shape.
     """
 
     keys: torch.Tensor
@@ -74,7 +74,7 @@ class Match:
 
 def relative_square(error: torch.Tensor, output_norm: torch.Tensor) -> torch.Tensor:
     """Square of an error relative to the norm of all queries' outputs together."""
-    return (error / torch.linalg.vector_norm(output_norm, dim=-1).clamp_(min=sqrt(TINY))).square_()
+    return (error / output_norm.clamp(min=sqrt(TINY))).square_()
 
 
 @torch.no_grad()
@@ -184,8 +184,7 @@ def naive_attention_match(
     """
     new_keys, new_values = kept_keys.clone(), kept_values.clone()
     is_fitted = torch.zeros(kept_keys.shape[:2], dtype=torch.bool)
-    eviction_error, matching_error = torch.zeros(2, *kept_keys.shape[:2], dtype=torch.float32)
-    output_norm = torch.zeros(queries.shape[:3], dtype=torch.float32)
+    eviction_error, matching_error, output_norm = torch.zeros(3, *kept_keys.shape[:2], dtype=torch.float32)
     for b, heads, n_survivors, n_evicted in head_blocks(eviction, heads_per_block=1):
         h = heads.start
         survivors, evicted = eviction.survivors[b, h, :n_survivors], eviction.evicted[b, h, :n_evicted]
@@ -243,7 +242,7 @@ def naive_attention_match(
         error_of_fit = _naive_squared_error(output - mass @ fitted_values, mass, output)
         is_fitted[b, h] = error_of_fit < _MAX_ERROR * error_of_eviction
         eviction_error[b, h], matching_error[b, h] = error_of_eviction.sqrt(), error_of_fit.sqrt()
-        output_norm[b, h] = output.norm(dim=1)
+        output_norm[b, h] = output.norm()
         if is_fitted[b, h]:
             new_keys[b, h, slots] = fitted_keys.to(keys.dtype)
             new_values[b, h, slots] = fitted_values.to(values.dtype)

@@ -142,10 +142,9 @@ def match_heads(
     -------
     matched : torch.Tensor
         Keys, values and a one for each survivor, float32, shape ``(n_heads, n_survivors, head_dim + value_dim + 1)``.
-    of_eviction, of_matching : torch.Tensor
-        Root of the squared error of eviction and of matching over all queries of a head, float32, shape ``(n_heads,)``.
-    output_norm : torch.Tensor
-        Of each query's output, float32, shape ``(n_heads, n_queries)``.
+    of_eviction, of_matching, output_norm : torch.Tensor
+        Root of the squared error of eviction and of matching, and norm of the output, over all queries of a head,
+        float32, shape ``(n_heads,)``.
     """
     n_heads, width, n_columns = rows.shape
     n_queries, n_survivors = queries.shape[1], width - place.shape[1]
@@ -209,7 +208,7 @@ def match_heads(
     mass = growth.exp_().mul_(mass)
     of_matching = _error(torch.baddbmm(output, mass.transpose(1, 2), matched[..., head_dim:], alpha=-1), output_norm)
     torch.add(old_keys, shift, out=matched[..., :head_dim])
-    return matched, of_eviction, of_matching, output_norm
+    return matched, of_eviction, of_matching, torch.linalg.vector_norm(output_norm, dim=1)
 
 
 def query_weights(residual: torch.Tensor) -> torch.Tensor:

@@ -105,17 +105,17 @@ def match_ragged(
 
     # Heads that lost or kept nothing have no error and take nothing: they come last.
     searched = np.concatenate([bucket.heads for bucket in buckets] or [np.zeros(0, dtype=np.int64)])
-    nothing = torch.zeros(1, queries.shape[1], dtype=torch.float32, device=device)
+    nothing = torch.zeros(1, dtype=torch.float32, device=device)
     where_from = np.full(n_heads, len(searched))
     where_from[searched] = np.arange(len(searched))
     where_found = on_device(where_from, device)
     of_eviction, of_matching, output_norm = (
-        torch.cat([*parts, nothing if parts and parts[0].dim() == 2 else nothing[:, 0]]).index_select(0, where_found)
+        torch.cat([*parts, nothing]).index_select(0, where_found)
         for parts in (list(part) for part in (zip(*found) if found else ((), (), ())))
     )
     is_better = of_matching < sqrt(max_error) * of_eviction
     if not found:
-        return kept_keys.clone(), kept_values.clone(), is_better, of_eviction, of_matching, nothing.expand(n_heads, -1)
+        return kept_keys.clone(), kept_values.clone(), is_better, of_eviction, of_matching, output_norm
     changed_rows = new_rows[0] if len(new_rows) == 1 else torch.cat(new_rows)
     slots = new_slots[0] if len(new_slots) == 1 else torch.cat(new_slots)
     new = []
