@@ -8,7 +8,12 @@ import pytest
 
 from evaluation.speed_operations import operations_per_layer
 
-MAX_OPERATIONS = {("merging", "even"): 40, ("merging", "ragged"): 70}
+MAX_OPERATIONS = {
+    ("merging", "even"): 40,
+    ("merging", "ragged"): 70,
+    ("matching", "even"): 98,
+    ("matching", "ragged"): 136,
+}
 
 
 @pytest.mark.parametrize(("heads", "bsz"), [(2, 1), (4, 1), (16, 1), (2, 3), (4, 3), (16, 3)])

@@ -163,8 +163,9 @@ class AttentionMatchingPress(MergeOnEvictPress):
             layer_index(module),
             eviction,
             match.is_fitted,
-            match.error_before,
-            match.error_after,
+            match.eviction_error,
+            match.matching_error,
+            match.output_norm,
         )
         return match.keys, match.values
 

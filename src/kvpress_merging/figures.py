@@ -57,7 +57,7 @@ class LayerFigures:
             self.join()
 
     def add_heads(self, eviction: Eviction, heads: tuple[torch.Tensor, ...]) -> None:
-        """Which heads took matching, and their errors before and after it."""
+        """Which heads took matching, the errors of eviction and of it, and the norm of what they are relative to."""
         self.heads.append(heads)
         n_heads = heads[0].numel()
         self.has_lost += [True] * n_heads if eviction.counts is None else [n > 0 for _, n in eviction.counts]
@@ -77,7 +77,8 @@ class LayerFigures:
         row["most_merges"] = 0
         if self.heads:
             heads = (part.double().cpu().numpy()[np.array(self.has_lost)] for part in joined(self.heads))
-            is_matched, error_before, error_after = heads
+            is_matched, eviction_error, matching_error, norm = heads
+            error_before, error_after = ((e / norm.clip(min=1e-19)) ** 2 for e in (eviction_error, matching_error))
             row |= {"heads": len(is_matched), "heads_fitted": int(is_matched.sum())}
             row["error_before"] = float(error_before.mean())
             # What a head is left with: matching's error where it took that.

@@ -126,8 +126,9 @@ class MergeReport:
         layer_idx: int,
         eviction: Eviction,
         is_fitted: torch.Tensor,
-        error_before: torch.Tensor,
-        error_after: torch.Tensor,
+        eviction_error: torch.Tensor,
+        matching_error: torch.Tensor,
+        output_norm: torch.Tensor,
     ) -> None:
         """
         Note what matching made of one eviction.
@@ -138,11 +139,11 @@ class MergeReport:
             The layer.
         eviction : Eviction
             What was evicted.
-        is_fitted, error_before, error_after : torch.Tensor
-            As :func:`kvpress_merging.kernels.match.attention_match` returns them.
+        is_fitted, eviction_error, matching_error, output_norm : torch.Tensor
+            As :func:`kvpress_merging.kernels.match.attention_match` returns them, which are kept.
         """
         layer = self._layers.setdefault(layer_idx, LayerFigures())
-        layer.add_heads(eviction, (is_fitted, error_before, error_after))
+        layer.add_heads(eviction, (is_fitted, eviction_error, matching_error, output_norm))
 
     def to_dict(self) -> dict[int, dict[str, Any]]:
         """One dict of figures per layer, by layer index; see the class for their names."""

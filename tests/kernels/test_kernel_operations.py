@@ -11,6 +11,7 @@ from kernel_cases import Layer, masked, random_kept, random_rows, shrunk
 from evaluation.speed_operations import OperationCounter
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
+from kvpress_merging.kernels.match import attention_match
 
 HEADS_AND_ROWS = [(2, 1), (4, 1), (16, 1), (2, 3), (4, 3), (16, 3)]
 K_LEN = 1024
@@ -51,6 +52,19 @@ def test_merging_takes_two_more_where_survivors_do_not_come_in_whole_groups(rati
 @pytest.mark.parametrize(("heads", "bsz"), HEADS_AND_ROWS)
 def test_merging_a_ragged_eviction_takes_few_operations(heads, bsz):
     assert count(ragged_layer(heads, bsz), cosine_blend) <= 50
+
+
+@pytest.mark.parametrize(("heads", "bsz"), HEADS_AND_ROWS)
+def test_matching_an_even_eviction_takes_few_operations(heads, bsz):
+    queries = random_rows(bsz, heads, 96, 16, seed=5)
+    assert count(even_layer(heads, bsz), attention_match, queries, queries, key_ridge=0.1) <= 83
+
+
+@pytest.mark.parametrize(("heads", "bsz"), HEADS_AND_ROWS)
+def test_matching_a_ragged_eviction_takes_no_more_for_more_heads(heads, bsz):
+    """Two buckets of like size, since one would add a third of padding."""
+    queries = random_rows(bsz, heads, 96, 16, seed=5)
+    assert count(ragged_layer(heads, bsz), attention_match, queries, queries, key_ridge=0.1) <= 183
 
 
 def test_making_an_even_eviction_takes_three_operations_and_a_ragged_one_three():

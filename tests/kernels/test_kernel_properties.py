@@ -60,7 +60,7 @@ def fit(layer: Layer, n_queries: int = 7, *, most_error: float | None = None, **
     queries = random_rows(bsz, heads, n_queries, head_dim, seed=5) * head_dim**-0.5
     options = {"key_ridge": 0.1} | options
     tensors = (layer.keys, layer.values, layer.kept_keys, layer.kept_values, queries, queries)
-    with mock.patch.object(match, "_MOST_ERROR", match._MOST_ERROR if most_error is None else most_error):
+    with mock.patch.object(match, "_MAX_ERROR", match._MAX_ERROR if most_error is None else most_error):
         return match.attention_match(*tensors, layer.eviction, **options)
 
 

@@ -9,7 +9,6 @@ The idea comes from [Token Merging](https://arxiv.org/abs/2210.09461) and [D2O](
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import isfinite
 
 import numpy as np
@@ -28,6 +27,7 @@ from kvpress_merging.kernels.rows import (
     first_rows,
     head_blocks,
     row_norms,
+    scalar,
 )
 
 
@@ -149,7 +149,7 @@ def cosine_blend(
     elif similarity_threshold > 0:
         cosine = F.threshold(cosine, _before(similarity_threshold), 0.0)
     # Not a number where both norms are 0, and where a key or value is not finite: fmax makes a 0 of it.
-    one, nothing = _scalar(1.0, keys.device), _scalar(0.0, keys.device)
+    one, nothing = (scalar(number, torch.float64, keys.device) for number in (1.0, 0.0))
     if value_norm_weighting:
         share = found.norm / found.norm_sum
     else:
@@ -241,18 +241,13 @@ def _weighted_means(
 def _one_and_sums(weight: torch.Tensor, slot: torch.Tensor, n_slots: int) -> torch.Tensor:
     """``1 + sum w_i`` over the i that go to each slot, float64, shape ``(n_heads, n_slots)``."""
     n_heads, device = len(weight), weight.device
-    one = _scalar(1.0, device).expand(n_heads, n_slots)
+    one = scalar(1.0, torch.float64, device).expand(n_heads, n_slots)
     if adds_in_order(device):
         return one.scatter_add(1, slot, weight)
     sums = one.clone(memory_format=torch.contiguous_format)
     to_row = slot + first_rows(n_heads, n_slots, device)
     add_rows_(sums.view(-1, 1), to_row.view(-1), weight.reshape(-1, 1))
     return sums
-
-
-@lru_cache
-def _scalar(value: float, device: torch.device) -> torch.Tensor:
-    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def naive_cosine_blend(

@@ -8,9 +8,10 @@ Everything here is worked out on the host, from an eviction's ``counts``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,9 +57,11 @@ class Bucket:
     n_evicted: int
 
 
-def find_buckets(counts: Counts) -> list[Bucket]:
+def find_buckets(counts: Counts, cost_of: Callable[[Any, Any], Any] = np.multiply) -> list[Bucket]:
     """
-    The fewest buckets whose padding adds at most a quarter to the products that the heads need.
+    The fewest buckets whose padding adds at most a quarter to what the heads need.
+
+    What a head needs is ``cost_of`` its survivors and its evicted positions: their product, or ``np.add``, their sum.
 
     Heads are sorted by their survivors and cut into runs; the best cuts for each number of buckets are found by dynamic
     programming. Heads that lost or kept nothing are left out.
@@ -67,9 +70,9 @@ def find_buckets(counts: Counts) -> list[Bucket]:
     heads = np.flatnonzero(sizes.all(axis=1))
     if len(heads) == 0:
         return []
-    needed = sizes[heads].prod(axis=1).sum()
+    needed = cost_of(*sizes[heads].T).sum()
     largest = sizes[heads].max(axis=0)
-    if len(heads) * largest.prod() <= (1 + _MAX_PADDING) * needed:
+    if len(heads) * cost_of(*largest) <= (1 + _MAX_PADDING) * needed:
         return [Bucket(heads, int(largest[0]), int(largest[1]))]
     heads = heads[np.argsort(sizes[heads, 0], kind="stable")]
     groups = np.array_split(heads, min(len(heads), _MAX_GROUPS))
@@ -79,7 +82,7 @@ def find_buckets(counts: Counts) -> list[Bucket]:
     max_sizes = np.array([sizes[group].max(axis=0) for group in groups])
     n_heads = np.cumsum([0, *map(len, groups)])
     max_evicted = np.maximum.accumulate(np.triu(np.broadcast_to(max_sizes[:, 1], (n, n))), axis=1)
-    cost = (n_heads[None, 1:] - n_heads[:-1, None]) * max_sizes[None, :, 0] * max_evicted
+    cost = (n_heads[None, 1:] - n_heads[:-1, None]) * cost_of(max_sizes[None, :, 0], max_evicted)
     cost = np.where(np.tri(n, k=-1, dtype=bool), np.iinfo(np.int64).max // 4, cost)
 
     best = cost[0]  # of the groups up to each, in one bucket
@@ -142,13 +145,19 @@ def pack(counts: Counts, buckets: Sequence[Bucket], width: int, first_evicted: i
     """
     parts = []
     for bucket in buckets:
-        sides = ((0, bucket.n_survivors, 0), (1, bucket.n_evicted, first_evicted))
-        for side, n_padded, first_column in sides:
-            n_real = np.array([counts[head][side] for head in bucket.heads])[:, None]
-            column = np.arange(n_padded)
-            column = first_column + np.where(column < n_real, column, 0)
-            parts.append((bucket.heads[:, None] * width + column).ravel())
+        table = bucket_table(counts, bucket, width, first_evicted)
+        parts += [table[:, : bucket.n_survivors].ravel(), table[:, bucket.n_survivors :].ravel()]
     return np.concatenate(parts)
+
+
+def bucket_table(counts: Counts, bucket: Bucket, width: int, first_evicted: int) -> np.ndarray:
+    """What one bucket holds, see :func:`pack`: a row for each head, its survivors and then its evicted positions."""
+    sides = []
+    for side, n_padded, first_column in ((0, bucket.n_survivors, 0), (1, bucket.n_evicted, first_evicted)):
+        n_real = np.array([counts[head][side] for head in bucket.heads])[:, None]
+        column = np.arange(n_padded)
+        sides.append(bucket.heads[:, None] * width + first_column + np.where(column < n_real, column, 0))
+    return np.concatenate(sides, axis=1)
 
 
 def unpack(buckets: Sequence[Bucket], n_heads: int, n_evicted: int) -> np.ndarray:

@@ -4,20 +4,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kvpress_merging.kernels.rows import block_bytes, gather_rows
+from kvpress_merging.kernels.buckets import on_device
+from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, first_rows, scalar
 from kvpress_merging.kernels.tiles import first_max
 
-WINDOW = 128
+WINDOW = 256
 """Survivors among which an evicted position looks for the nearest: about half of them before it, half behind."""
 
 
 def block_length(n_survivors: int, n_evicted: int) -> int:
     """Neighbouring evicted positions that share a window: as many as lie within the middle half of it, a power of 2."""
     fitting = max(1, WINDOW // 2 * n_evicted // max(1, n_survivors))
-    return min(64, 1 << (fitting.bit_length() - 1))
+    return min(WINDOW // 2, 1 << (fitting.bit_length() - 1))
 
 
 def nearest_nearby(
@@ -55,44 +57,74 @@ def nearest_nearby(
     torch.Tensor
         Index of a survivor, int64, shape ``(n_heads, n_evicted)``.
     """
-    n_heads, n_survivors, _ = survivor_keys.shape
-    n_evicted = evicted_keys.shape[1]
-    # The distance of x to y is least where x^T M y - y^T M y / 2 is most.
-    measured_keys, measured_values = torch.bmm(survivor_keys, key_metric), survivor_values * value_metric
-    minus_half_square = (survivor_keys * measured_keys).sum(dim=-1, keepdim=True)
-    minus_half_square.add_((survivor_values * measured_values).sum(dim=-1, keepdim=True)).div_(-2)
-    measured = torch.cat([measured_keys, measured_values], dim=-1)
-    del measured_keys, measured_values
-    evicted = torch.cat([evicted_keys, evicted_values], dim=-1)
-    n_channels = evicted.shape[-1]
+    return nearest_rows(
+        torch.cat([survivor_keys, survivor_values], dim=-1),
+        torch.cat([evicted_keys, evicted_values], dim=-1),
+        place,
+        key_metric,
+        value_metric,
+    )
+
+
+def nearest_rows(
+    survivors: torch.Tensor,
+    evicted: torch.Tensor,
+    place: torch.Tensor,
+    key_metric: torch.Tensor,
+    value_metric: torch.Tensor,
+    counts: np.ndarray | None = None,
+    length: int | None = None,
+) -> torch.Tensor:
+    """
+    :func:`nearest_nearby`, with each position's key and value side by side in one row.
+
+    Where heads are padded, ``counts``, shape ``(n_heads, 2)``, says how many of their survivors and evicted positions
+    are real, and ``length`` how many evicted positions share a window.
+    """
+    (n_heads, n_survivors, n_channels), n_evicted, device = survivors.shape, evicted.shape[1], place.device
+    # The distance of x to y is smallest where x^T M y - y^T M y / 2 is largest.
+    head_dim = key_metric.shape[1]
+    measured = torch.cat(
+        [torch.bmm(survivors[..., :head_dim], key_metric), survivors[..., head_dim:] * value_metric], dim=-1
+    )
+    square = (survivors * measured).sum(dim=-1, keepdim=True)
+    if counts is not None:
+        is_nothing = on_device(np.arange(n_survivors) >= counts[:, :1], device)
+        square.masked_fill_(is_nothing[..., None], torch.inf)
     if n_survivors <= WINDOW:
-        products = torch.baddbmm(minus_half_square, measured, evicted.transpose(1, 2))
+        products = torch.baddbmm(square, measured, evicted.transpose(1, 2), beta=-0.5)
         return first_max(products, n_survivors)[1].squeeze(1)
 
-    length = block_length(n_survivors, n_evicted)
-    n_missing = -n_evicted % length
-    if n_missing:
-        evicted, place = F.pad(evicted, (0, 0, 0, n_missing)), F.pad(place, (0, n_missing))
-    blocks, first = evicted.unflatten(1, (-1, length)), place.unflatten(1, (-1, length))
+    length = length or block_length(n_survivors, n_evicted)
+    n_blocks, n_missing = -(-n_evicted // length), -n_evicted % length
     # Centred on the block's middle; the last block's on the middle of what there is of it.
-    middle = first[:, :, length // 2].clone()
-    middle[:, -1] = first[:, -1, (length - n_missing) // 2]
-    start = (middle - WINDOW // 2).clamp_(0, n_survivors - WINDOW)
-    n_blocks = blocks.shape[1]
-    target = torch.empty((n_heads, n_blocks, length), dtype=torch.int64, device=place.device)
-    near = torch.arange(WINDOW, device=place.device)
-    at_once = max(1, block_bytes(place.device) // (4 * n_heads * WINDOW * (n_channels + length)))
+    sizes = np.array([[n_survivors, n_evicted]]) if counts is None else counts
+    first = np.arange(n_blocks) * length
+    middle = np.minimum(first + np.clip(sizes[:, 1:] - first, 0, length) // 2, n_evicted - 1)
+    max_start = on_device(np.maximum(sizes[:, :1] - WINDOW, 0), device)
+    start = place.gather(1, on_device(middle, device).expand(n_heads, -1)).sub_(WINDOW // 2)
+    start.clamp_(scalar(0, torch.int64, device), max_start)
+    evicted = F.pad(evicted, (0, 0, 0, n_missing)) if n_missing else evicted.contiguous()
+    blocks = evicted.unflatten(1, (n_blocks, length))
+    flat_start = start + first_rows(n_heads, n_survivors, device)
+    near = first_rows(WINDOW, 1, device).view(-1)
+    bytes_per_block, max_bytes = 4 * WINDOW * (n_channels + length), block_bytes(device)
+    if n_blocks * bytes_per_block <= max_bytes // 8:  # many short contexts are searched in one go
+        max_bytes = DEFAULT_TILE_BYTES
+    at_once = max(1, max_bytes // (n_heads * bytes_per_block))
+    target = []
     for i in range(0, n_blocks, at_once):
         block = slice(i, i + at_once)
-        window = (start[:, block, None] + near).flatten(1)
+        window = (flat_start[:, block, None] + near).view(-1)
         products = torch.baddbmm(
-            gather_rows(minus_half_square, window).view(-1, WINDOW, 1),
-            gather_rows(measured, window).view(-1, WINDOW, n_channels),
+            square.view(-1, 1).index_select(0, window).view(-1, WINDOW, 1),
+            measured.view(-1, n_channels).index_select(0, window).view(-1, WINDOW, n_channels),
             blocks[:, block].reshape(-1, length, n_channels).transpose(1, 2),
+            beta=-0.5,
         )
-        best = first_max(products, WINDOW)[1].view(n_heads, -1, length)
-        target[:, block] = best + start[:, block, None]
-    return target.flatten(1)[:, :n_evicted]
+        target.append(first_max(products, WINDOW)[1].view(n_heads, -1, length) + start[:, block, None])
+    found = target[0] if len(target) == 1 else torch.cat(target, dim=1)
+    return found.flatten(1)[:, :n_evicted]
 
 
 def naive_nearest_nearby(
@@ -103,9 +135,10 @@ def naive_nearest_nearby(
     place: torch.Tensor,
     key_metric: torch.Tensor,
     value_metric: torch.Tensor,
+    length: int | None = None,
 ) -> torch.Tensor:
     """:func:`nearest_nearby` for one head, one evicted position after the other."""
-    length = block_length(len(survivor_keys), len(evicted_keys))
+    length = length or block_length(len(survivor_keys), len(evicted_keys))
     target = []
     for i, (key, value) in enumerate(zip(evicted_keys, evicted_values)):
         block = place[i - i % length : i - i % length + length]

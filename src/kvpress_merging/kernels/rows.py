@@ -67,6 +67,12 @@ def first_rows(n_heads: int, n_rows: int, device: torch.device) -> torch.Tensor:
     return (torch.arange(n_heads, device=device) * n_rows)[:, None]
 
 
+@lru_cache(maxsize=64)
+def scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A number as a tensor of shape ``()``, made once. Not to be written."""
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def flat_rows(positions: torch.Tensor, n_rows: int) -> torch.Tensor:
     """Positions in ``n_heads`` heads, int64, shape ``(n_heads, n)``, as a list of rows of all heads laid end to end."""
     return (positions + first_rows(len(positions), n_rows, positions.device)).view(-1)

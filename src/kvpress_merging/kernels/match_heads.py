@@ -1,0 +1,243 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of matching for heads that kept and lost equally many positions; ``match.py`` says what it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+import numpy as np
+import torch
+
+from kvpress_merging.kernels.buckets import is_padding, on_device
+from kvpress_merging.kernels.nearby import nearest_rows
+from kvpress_merging.kernels.rows import add_rows_, first_rows, scalar
+
+# Attention below this share is nothing: no key is asked to attract more than the reciprocal of it times its own.
+MIN_MASS = 1e-20
+# What the distance of two positions makes of their values: the mean square of their difference, in units of the mean
+# square of a value, weighs as much as so many squared differences of logits.
+VALUE_WEIGHT = 4.0
+# The same of their keys where reference queries see no difference, in units of the mean squared reference query: other
+# queries may.
+METRIC_RIDGE = 1.0
+# In means, each position counts as if it had this share of the attention on top of its own: what no reference query
+# looks at may be what is asked for later.
+MIN_SHARE = 1e-3
+# No query is taken to decide its own fit by more than all but this: it bounds what leaving it out divides by.
+MIN_FREEDOM = 1e-3
+TINY = torch.finfo(torch.float32).tiny
+# Values whose mean square is less are nothing to tell positions by; a weight of its reciprocal does not overflow.
+MIN_SQUARE = 1e-30
+
+
+def survivors_before(survivors: torch.Tensor, evicted: torch.Tensor, k_len: int) -> torch.Tensor:
+    """How many survivors stand before each evicted position, int64, shape of ``evicted``."""
+    n_evicted = evicted.shape[1]
+    if survivors.shape[1] + n_evicted == k_len:
+        return evicted - first_rows(n_evicted, 1, evicted.device).view(-1)
+    return torch.searchsorted(survivors.contiguous(), evicted.contiguous())
+
+
+def match_block(
+    layer: Sequence[torch.Tensor],
+    positions: torch.Tensor,
+    place: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    keys_rewritten: bool,
+    key_ridge: float,
+    max_error: float,
+) -> tuple[torch.Tensor, ...]:
+    """
+    Match a block of heads.
+
+    Parameters
+    ----------
+    layer : sequence of torch.Tensor
+        The tensors that :func:`kvpress_merging.kernels.match.attention_match` takes, of the block's heads, without a
+        batch axis.
+    positions : torch.Tensor
+        Survivors, then evicted positions, int64, shape ``(n_heads, n_survivors + n_evicted)``.
+    place : torch.Tensor
+        How many survivors stand before each evicted position, int64, shape ``(n_heads, n_evicted)``.
+    slots : torch.Tensor
+        Of the survivors, int64, shape ``(n_heads, n_survivors)``.
+    keys_rewritten, key_ridge
+        See :func:`kvpress_merging.kernels.match.attention_match`.
+    max_error : float
+        Share of eviction's squared error that matching may leave for a head to take it.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        The fields of :class:`kvpress_merging.kernels.match.Match` for these heads.
+    """
+    keys, values, kept_keys, kept_values, queries, kept_queries = layer
+    (n_heads, k_len, head_dim), (n_slots, value_dim) = keys.shape, kept_values.shape[1:]
+    flat = (positions + first_rows(n_heads, k_len, keys.device)).view(-1)
+    slot = (slots + first_rows(n_heads, n_slots, keys.device)).view(-1)
+    one = scalar(1.0, torch.float32, keys.device).expand(*positions.shape, 1)
+    of_keys, of_values = (
+        rows.reshape(-1, rows.shape[-1]).index_select(0, flat).view(*positions.shape, -1) for rows in (keys, values)
+    )
+    rows = torch.cat([of_keys, of_values, one], dim=-1).float()
+    old_keys = None
+    if keys_rewritten:
+        old_keys = kept_keys.reshape(-1, head_dim).index_select(0, slot).view(*slots.shape, head_dim).float()
+    matched, of_eviction, of_matching, output_norm = match_heads(
+        rows, head_dim, place, queries, kept_queries, old_keys, key_ridge=key_ridge
+    )
+    matched = matched.to(kept_keys.dtype)
+    # One number that is not finite spoils the sum, and a comparison with what is not a number is False.
+    of_matching.add_(matched.sum(dim=(1, 2), dtype=torch.float32), alpha=0)
+    is_better = of_matching < sqrt(max_error) * of_eviction
+    new = []
+    for kept, columns in ((kept_keys, slice(0, head_dim)), (kept_values, slice(head_dim, head_dim + value_dim))):
+        changed = kept.reshape(n_heads * n_slots, -1).index_copy(0, slot, matched[..., columns].flatten(0, 1))
+        new.append(torch.where(is_better[:, None, None], changed.view(kept.shape), kept))
+    return *new, is_better, of_eviction, of_matching, output_norm
+
+
+def match_heads(
+    rows: torch.Tensor,
+    head_dim: int,
+    place: torch.Tensor,
+    queries: torch.Tensor,
+    kept_queries: torch.Tensor,
+    old_keys: torch.Tensor | None,
+    *,
+    key_ridge: float,
+    counts: np.ndarray | None = None,
+    length: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Match heads, whether that is better than eviction or not.
+
+    The ones beside the values carry the attention mass through every product, and the weights through every mean.
+
+    Parameters
+    ----------
+    rows : torch.Tensor
+        Keys, values and a one for each survivor and then for each evicted position, float32, shape
+        ``(n_heads, n_survivors + n_evicted, head_dim + value_dim + 1)``.
+    head_dim : int
+        Of the keys.
+    place : torch.Tensor
+        How many survivors stand before each evicted position, int64, shape ``(n_heads, n_evicted)``.
+    queries, kept_queries : torch.Tensor
+        Shape ``(n_heads, n_queries, head_dim)``.
+    old_keys : torch.Tensor or None
+        The survivors' keys where the press rewrote them, float32, shape ``(n_heads, n_survivors, head_dim)``.
+    key_ridge
+        See :func:`kvpress_merging.kernels.match.attention_match`.
+    counts : numpy.ndarray, optional
+        How many survivors and evicted positions of each head are real, int64, shape ``(n_heads, 2)``, where the rest is
+        padding: rows of zeros.
+    length : int, optional
+        How many evicted positions share a window in the search for the nearest, see ``nearby.py``.
+
+    Returns
+    -------
+    matched : torch.Tensor
+        Keys, values and a one for each survivor, float32, shape ``(n_heads, n_survivors, head_dim + value_dim + 1)``.
+    of_eviction, of_matching, output_norm : torch.Tensor
+        Root of the squared error of eviction and of matching, and norm of the output, over all queries of a head,
+        float32, shape ``(n_heads,)``.
+    """
+    n_heads, width, n_columns = rows.shape
+    n_queries, n_survivors = queries.shape[1], width - place.shape[1]
+    keys, values = rows[..., :head_dim], rows[..., head_dim:]
+
+    # Positions run along rows, queries along columns, so that rows can be gathered and added.
+    logits = torch.bmm(keys, queries.transpose(1, 2))
+    scale: float | torch.Tensor = VALUE_WEIGHT * n_queries * width
+    if counts is not None:
+        is_nothing = is_padding(counts.tolist(), n_survivors, width - n_survivors)
+        logits.masked_fill_(on_device(is_nothing, rows.device)[..., None], -torch.inf)
+        n_real = counts.sum(axis=1)[:, None, None].astype(np.float32)
+        scale = on_device(VALUE_WEIGHT * n_queries * n_real, rows.device)
+    all_mass = logits.softmax(dim=1)
+    mass, kept_values = all_mass[:, :n_survivors], values[:, :n_survivors]
+    residual = torch.bmm(all_mass[:, n_survivors:].transpose(1, 2), values[:, n_survivors:])
+    output = torch.baddbmm(residual, mass.transpose(1, 2), kept_values)
+    if old_keys is not None:  # what the survivors have without matching, as the press left their keys
+        normalizer = logits.logsumexp(dim=1, keepdim=True)
+        mass = torch.bmm(old_keys, kept_queries.transpose(1, 2)).sub_(normalizer).exp_()
+        residual = torch.baddbmm(output, mass.transpose(1, 2), kept_values, alpha=-1)
+    del logits
+
+    weight, output_norm = query_weights(residual[..., :-1]), torch.linalg.vector_norm(output[..., :-1], dim=-1)
+    of_eviction = _error(residual, output_norm)
+    weighted = queries * weight
+    moment, unit = _second_moment(queries, weighted)
+
+    value_norm = torch.linalg.vector_norm(values[..., :-1], dim=(1, 2), keepdim=True)
+    value_metric = value_norm.clamp_(min=(MIN_SQUARE * width) ** 0.5).pow_(-2).mul_(scale)
+    both = rows[..., :-1]
+    _add_ridge_(moment, unit, METRIC_RIDGE)
+    target = nearest_rows(both[:, :n_survivors], both[:, n_survivors:], place, moment, value_metric, counts, length)
+    _add_ridge_(moment, unit, key_ridge - METRIC_RIDGE)
+
+    # All that is counted to a survivor, added to it: rows weighted by f, and attention.
+    share = all_mass.mean(dim=2, keepdim=True).add_(MIN_SHARE)
+    counted = torch.cat([rows * share, all_mass], dim=-1)
+    to_row = (target + first_rows(n_heads, width, rows.device)).view(-1)
+    flat = counted.view(n_heads * width, -1)
+    lost = counted[:, n_survivors:].clone(memory_format=torch.contiguous_format)
+    add_rows_(flat, to_row, lost.view(len(to_row), -1))
+    counted = counted[:, :n_survivors]
+    total = counted[..., n_columns - 1 : n_columns]
+    matched = counted[..., :n_columns] / (total if counts is None else total.clamp(min=TINY))
+    growth = counted[..., n_columns:].add_(MIN_MASS).div(mass + MIN_MASS).log_()
+
+    if old_keys is not None:
+        weighted = kept_queries * weight
+        moment, unit = _second_moment(kept_queries, weighted)
+        _add_ridge_(moment, unit, key_ridge)
+    inverse = torch.linalg.inv_ex(moment).inverse
+    smoother = torch.bmm(weighted, inverse)
+    shift = torch.bmm(growth, smoother)
+    if old_keys is None:
+        old_keys = keys[:, :n_survivors]
+        shift.baddbmm_(matched[..., :head_dim] - old_keys, inverse.mul_(unit[..., None]), alpha=key_ridge)
+    # A query's growth as the others would have it: g + (fit - g) / (1 - leverage).
+    freedom = (1 - (kept_queries * smoother).sum(dim=-1)).clamp_(min=MIN_FREEDOM)
+    growth.addcdiv_(torch.baddbmm(growth, shift, kept_queries.transpose(1, 2), beta=-1), freedom[:, None])
+    mass = growth.exp_().mul_(mass)
+    of_matching = _error(torch.baddbmm(output, mass.transpose(1, 2), matched[..., head_dim:], alpha=-1), output_norm)
+    torch.add(old_keys, shift, out=matched[..., :head_dim])
+    return matched, of_eviction, of_matching, torch.linalg.vector_norm(output_norm, dim=1)
+
+
+def query_weights(residual: torch.Tensor) -> torch.Tensor:
+    """
+    What each query weighs by what it lost: ``(1 + e_r / mean e) / 2``, shape ``(n_heads, n_queries, 1)``.
+
+    Parameters
+    ----------
+    residual : torch.Tensor
+        What each lost of its output, float32, shape ``(n_heads, n_queries, value_dim)``: ``e_r`` is its squared norm.
+    """
+    norm = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
+    share = norm / torch.linalg.vector_norm(norm, dim=1, keepdim=True).clamp_(min=TINY)
+    half = scalar(0.5, torch.float32, residual.device)
+    return torch.addcmul(half, share, share, value=residual.shape[1] / 2)
+
+
+def _error(residual: torch.Tensor, output_norm: torch.Tensor) -> torch.Tensor:
+    """Root of the squared error of output and mass over all queries of a head, the mass in units of the output."""
+    residual[..., -1].mul_(output_norm)
+    return torch.linalg.vector_norm(residual, dim=(1, 2))
+
+
+def _second_moment(queries: torch.Tensor, weighted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Q^T W Q``, shape ``(n_heads, head_dim, head_dim)``, and the mean of its diagonal, shape ``(n_heads, 1)``."""
+    moment = torch.bmm(queries.transpose(1, 2), weighted)
+    return moment, moment.diagonal(dim1=1, dim2=2).mean(dim=-1, keepdim=True)
+
+
+def _add_ridge_(moment: torch.Tensor, unit: torch.Tensor, ridge: float) -> None:
+    """Add ``ridge`` units to the diagonal, in place."""
+    moment.diagonal(dim1=1, dim2=2).add_(unit, alpha=ridge)
