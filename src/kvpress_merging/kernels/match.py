@@ -33,9 +33,9 @@ _MOST_ERROR = 0.8
 # What the distance of two positions makes of their values: the mean square of their difference, in units of the mean
 # square of a value, weighs as much as so many squared differences of logits.
 _VALUE_WEIGHT = 4.0
-# In the mean that a survivor's value becomes, it counts as if it had this share of the attention on top of its own: one
-# that no reference query looks at stays nearly where it was.
-_LEAST_SHARE = 4e-4
+# In means, each position counts as if it had this share of the attention on top of its own: what no reference query
+# looks at may be what is asked for later.
+_LEAST_SHARE = 1e-3
 # No query is taken to decide its own fit by more than all but this: it bounds what leaving it out divides by.
 _LEAST_FREEDOM = 1e-3
 _TINY = torch.finfo(torch.float32).tiny
@@ -85,17 +85,21 @@ def attention_match(
     For each head, with ``p_rj`` the attention of reference query r to position j of the full cache and
     ``O_r = sum_j p_rj v_j``:
 
-    1. *mass*. Each evicted position i is counted to the survivor j whose logits and value are most like its own, of
+    1. *clusters*. Each evicted position i is counted to the survivor j whose logits and value are most like its own, of
        some that are near it in the context (:func:`kvpress_merging.kernels.nearby.nearest_nearby`): the one with the
-       least ``(k_i - k_j)^T M (k_i - k_j) / n_queries + 4 |v_i - v_j|^2 / mean |v|^2``, with ``M = Q^T W Q + a I``. The
-       logit of survivor j should then grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the i
-       counted to j. The shift of its key that does so best is a ridge regression, ``D = M^-1 Q^T W d_j``, one
-       factorization for all survivors. ``W`` is diagonal: the more of its output a query lost, the more it weighs,
-       ``w_r = (1 + e_r / mean e) / 2`` with ``e_r`` the squared error of eviction for query r.
-    2. *values*. What survivor j attracts now stands for all that was counted to it, so its value becomes the mean of
-       those values, each weighted by its mean attention from the reference queries:
-       ``v'_j = (m_j v_j + sum_i m_i v_i) / (m_j + sum_i m_i)``.
-    3. *do no harm*. What the others would say of each query's ``d_rj`` is known in closed form (leave one out). A head
+       least ``(k_i - k_j)^T M (k_i - k_j) / n_queries + 4 |v_i - v_j|^2 / mean |v|^2``, with ``M = Q^T W Q + a I``.
+       ``W`` is diagonal: the more of its output a query lost, the more it weighs, ``w_r = (1 + e_r / mean e) / 2`` with
+       ``e_r`` the squared error of eviction for query r.
+    2. *means*. Survivor j now stands for all that was counted to it, so its value becomes the mean of those values,
+       ``v'_j = (f_j v_j + sum_i f_i v_i) / (f_j + sum_i f_i)``, and ``k'_j`` is the same mean of their keys. A position
+       weighs ``f = m + 1e-3``, with m its mean attention from the reference queries: what they look at decides, and
+       where they look at nothing all count alike.
+    3. *mass*. The logit of survivor j should grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the
+       i counted to j. The shift of its key that does so best is a ridge regression,
+       ``D_j = M^-1 (Q^T W d_j + a (k'_j - k_j))``, one factorization for all survivors. The ridge pulls towards the
+       mean key: to a query unlike all reference queries, the survivor looks as what was counted to it does on average.
+       Where the press rewrote the survivors' keys the mean does not belong, and it pulls towards the key as it is.
+    4. *do no harm*. What the others would say of each query's ``d_rj`` is known in closed form (leave one out). A head
        takes the fit only if attention by those logits leaves less than 0.8 of eviction's squared error of output and
        mass.
 
@@ -194,7 +198,7 @@ def _fit(
         Of the layer before the eviction, first the survivors', then those evicted, float32, shape
         ``(n_heads, n_survivors + n_evicted, head_dim)``.
     evicted_values : torch.Tensor
-        float32, shape ``(n_heads, n_evicted, head_dim)``. Spoiled.
+        float32, shape ``(n_heads, n_evicted, head_dim)``.
     kept_keys, kept_values : torch.Tensor
         The survivors as the press left them, float32, shape ``(n_heads, n_survivors, head_dim)``.
     queries, kept_queries : torch.Tensor
@@ -229,21 +233,31 @@ def _fit(
     error_of_eviction = _squared_error(residual, mass, output)
 
     weight = _weights(residual)
-    moment = _second_moment(queries, weight, key_ridge)
+    moment, ridge = _second_moment(queries, weight, key_ridge)
     mean_square = (kept_values.square().sum(dim=(1, 2)) + evicted_values.square().sum(dim=(1, 2))) / keys.shape[1]
     value_metric = (_VALUE_WEIGHT * queries.shape[1] / mean_square.clamp(min=_LEAST_SQUARE))[:, None, None]
     target = nearest_nearby(
         keys[:, :n_survivors], keys[:, n_survivors:], kept_values, evicted_values, place, moment, value_metric
     )
     rows = _rows_of(target, n_survivors)
-    fitted_values = _means_with_counted(kept_values, evicted_values, kept_mass, lost_mass, rows)
+    kept_share, lost_share = (m.mean(dim=2, keepdim=True).add_(_LEAST_SHARE) for m in (kept_mass, lost_mass))
+    mean_keys, fitted_values = (
+        _add_counted_(kept * kept_share, evicted * lost_share, rows)
+        for kept, evicted in ((keys[:, :n_survivors], keys[:, n_survivors:]), (kept_values, evicted_values))
+    )
+    share = _add_counted_(kept_share, lost_share, rows)
+    mean_keys.div_(share)
+    fitted_values.div_(share)
 
     growth = _add_counted_(kept_mass.clone(memory_format=torch.contiguous_format), lost_mass, rows)
     growth.add_(_LEAST_MASS).div_(mass + _LEAST_MASS).log_()
     if keys_rewritten:
-        moment = _second_moment(kept_queries, weight, key_ridge)
-    smoother = torch.bmm(kept_queries * weight, torch.cholesky_inverse(_cholesky(moment)))
+        moment, _ = _second_moment(kept_queries, weight, key_ridge)
+    inverse = torch.cholesky_inverse(_cholesky(moment))
+    smoother = torch.bmm(kept_queries * weight, inverse)
     shift = torch.bmm(growth, smoother)
+    if not keys_rewritten:
+        shift.baddbmm_(mean_keys.sub_(kept_keys).mul_(ridge), inverse)
     # A query's growth as the others would have it, (fit - leverage * growth) / (1 - leverage).
     leverage = (kept_queries * smoother).sum(dim=-1, keepdim=True)
     of_fit = 1 / (1 - leverage).clamp_(min=_LEAST_FREEDOM)
@@ -277,20 +291,6 @@ def _add_counted_(
         evicted = evicted[order]
     add_rows_(survivors.view(-1, survivors.shape[-1]), to_row, evicted)
     return survivors
-
-
-def _means_with_counted(
-    kept_values: torch.Tensor,
-    evicted_values: torch.Tensor,
-    kept_mass: torch.Tensor,
-    lost_mass: torch.Tensor,
-    rows: tuple[torch.Tensor, torch.Tensor | None],
-) -> torch.Tensor:
-    """Means of the survivors' values and of those counted to each, weighted by mean attention; spoils the latter."""
-    kept_share = kept_mass.mean(dim=2, keepdim=True).add_(_LEAST_SHARE)
-    lost_share = lost_mass.mean(dim=2, keepdim=True)
-    sums = _add_counted_(kept_values * kept_share, evicted_values.mul_(lost_share), rows)
-    return sums.div_(_add_counted_(kept_share, lost_share, rows))
 
 
 def naive_attention_match(
@@ -342,22 +342,26 @@ def naive_attention_match(
             gram + key_ridge * gram.diagonal().mean() * identity,
             _VALUE_WEIGHT * len(q) / some_values.square().sum(dim=1).mean().clamp(min=_LEAST_SQUARE),
         )
-        fitted_values = old_values.clone()
+        fitted_values, pull = old_values.clone(), torch.zeros_like(old_keys)
         for j in range(n_survivors):
             counted = target == j
-            share = torch.cat([kept_mass[:, [j]] + _LEAST_SHARE, lost_mass[:, counted]], dim=1).mean(dim=0)
-            fitted_values[j] = share @ torch.cat([old_values[[j]], all_values[evicted[counted]]]) / share.sum()
+            share = torch.cat([kept_mass[:, [j]], lost_mass[:, counted]], dim=1).mean(dim=0) + _LEAST_SHARE
+            share /= share.sum()
+            fitted_values[j] = share @ torch.cat([old_values[[j]], all_values[evicted[counted]]])
+            if not eviction.keys_rewritten:
+                pull[j] = share @ all_keys[torch.cat([survivors[[j]], evicted[counted]])] - old_keys[j]
         growth = kept_mass.index_add(1, target, lost_mass) + _LEAST_MASS
         growth = (growth / (mass + _LEAST_MASS)).log()
         weighted_q = weight[:, None] * kept_q
         gram = kept_q.T @ weighted_q
         ridge = key_ridge * gram.diagonal().mean() * identity
-        fitted_keys = old_keys + torch.linalg.solve(gram + ridge, weighted_q.T @ growth).T
+        fitted_keys = old_keys + torch.linalg.solve(gram + ridge, weighted_q.T @ growth + ridge @ pull.T).T
         others_say = []
         for r in range(len(q)):
             others = torch.arange(len(q)) != r
             gram = kept_q[others].T @ weighted_q[others]
-            others_say.append(kept_q[r] @ torch.linalg.solve(gram + ridge, weighted_q[others].T @ growth[others]))
+            wanted = weighted_q[others].T @ growth[others] + ridge @ pull.T
+            others_say.append(kept_q[r] @ torch.linalg.solve(gram + ridge, wanted))
         mass = mass * torch.stack(others_say).exp()
 
         error_of_fit = _naive_squared_error(output - mass @ fitted_values, mass, output)
@@ -388,12 +392,18 @@ def _weights(residual: torch.Tensor) -> torch.Tensor:
     return (error / error.mean(dim=1, keepdim=True).clamp(min=_TINY) + 1) / 2
 
 
-def _second_moment(queries: torch.Tensor, weight: torch.Tensor, key_ridge: float) -> torch.Tensor:
-    """``Q^T W Q`` plus ``key_ridge`` times the mean of its diagonal, shape ``(n_heads, head_dim, head_dim)``."""
+def _second_moment(
+    queries: torch.Tensor, weight: torch.Tensor, key_ridge: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    ``Q^T W Q + a I``, shape ``(n_heads, head_dim, head_dim)``, and ``a``, ``key_ridge`` times the mean of the diagonal
+    of ``Q^T W Q``, shape ``(n_heads, 1, 1)``.
+    """
     gram = torch.bmm(queries.transpose(1, 2), queries * weight)
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal.add_(key_ridge * diagonal.mean(dim=-1, keepdim=True))
-    return gram
+    ridge = key_ridge * diagonal.mean(dim=-1, keepdim=True)
+    diagonal.add_(ridge)
+    return gram, ridge[:, :, None]
 
 
 def _cholesky(matrix: torch.Tensor) -> torch.Tensor:
