@@ -149,7 +149,7 @@ def test_any_layer_leaves_finite_heads_finite_and_unfitted_heads_as_they_were(la
 def oracle(
     layer: Layer, queries: list, b: int, h: int, survivors: list[int], evicted: list[int]
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Mean keys and values of one head, if every evicted position is near every survivor, in loops over Python floats."""
+    """Mean keys and values of one head, if all evicted positions are near all survivors, in loops over Python floats."""
     keys, values = layer.keys[b, h].double().tolist(), layer.values[b, h].double().tolist()
     head_dim, n_queries, channels = len(keys[0]), len(queries), range(len(values[0]))
     share = dict.fromkeys(survivors + evicted, 0.0)
