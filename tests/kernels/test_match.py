@@ -149,7 +149,7 @@ def test_any_layer_leaves_finite_heads_finite_and_unfitted_heads_as_they_were(la
 def oracle(
     layer: Layer, queries: list, b: int, h: int, survivors: list[int], evicted: list[int]
 ) -> tuple[list[list[float]], list[list[float]]]:
-    """Mean keys and values of one head, if all evicted positions are near all survivors, in loops over Python floats."""
+    """Mean keys and values of one head, if all evicted positions are near all survivors, in loops of Python floats."""
     keys, values = layer.keys[b, h].double().tolist(), layer.values[b, h].double().tolist()
     head_dim, n_queries, channels = len(keys[0]), len(queries), range(len(values[0]))
     share = dict.fromkeys(survivors + evicted, 0.0)
@@ -165,13 +165,13 @@ def oracle(
     moment = [
         [math.fsum(w * q[c] * q[d] for w, q in zip(weights, queries)) for d in range(head_dim)] for c in range(head_dim)
     ]
-    ridge = RIDGES["key_ridge"] * math.fsum(moment[d][d] for d in range(head_dim)) / head_dim
+    unit = math.fsum(moment[d][d] for d in range(head_dim)) / head_dim
     mean_square = math.fsum(x * x for j in share for x in values[j]) / len(share)
 
     def distance(i: int, j: int) -> float:
         difference = [x - y for x, y in zip(keys[i], keys[j])]
         products = (moment[c][d] * difference[c] * difference[d] for c in range(head_dim) for d in range(head_dim))
-        of_logits = (math.fsum(products) + ridge * math.fsum(x * x for x in difference)) / n_queries
+        of_logits = (math.fsum(products) + unit * math.fsum(x * x for x in difference)) / n_queries
         return of_logits + 4 * math.fsum((x - y) ** 2 for x, y in zip(values[i], values[j])) / mean_square
 
     counted_to = {i: min(survivors, key=lambda j: distance(i, j)) for i in evicted}

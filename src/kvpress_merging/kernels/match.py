@@ -33,6 +33,9 @@ _MOST_ERROR = 0.8
 # What the distance of two positions makes of their values: the mean square of their difference, in units of the mean
 # square of a value, weighs as much as so many squared differences of logits.
 _VALUE_WEIGHT = 4.0
+# The same of their keys where reference queries see no difference, in units of the mean squared reference query: other
+# queries may.
+_METRIC_RIDGE = 1.0
 # In means, each position counts as if it had this share of the attention on top of its own: what no reference query
 # looks at may be what is asked for later.
 _LEAST_SHARE = 1e-3
@@ -87,18 +90,19 @@ def attention_match(
 
     1. *clusters*. Each evicted position i is counted to the survivor j whose logits and value are most like its own, of
        some that are near it in the context (:func:`kvpress_merging.kernels.nearby.nearest_nearby`): the one with the
-       least ``(k_i - k_j)^T M (k_i - k_j) / n_queries + 4 |v_i - v_j|^2 / mean |v|^2``, with ``M = Q^T W Q + a I``.
-       ``W`` is diagonal: the more of its output a query lost, the more it weighs, ``w_r = (1 + e_r / mean e) / 2`` with
-       ``e_r`` the squared error of eviction for query r.
+       least ``(k_i - k_j)^T (Q^T W Q + u I) (k_i - k_j) / n_queries + 4 |v_i - v_j|^2 / mean |v|^2``, with ``u`` the
+       mean of the diagonal of ``Q^T W Q``. ``W`` is diagonal: the more of its output a query lost, the more it weighs,
+       ``w_r = (1 + e_r / mean e) / 2`` with ``e_r`` the squared error of eviction for query r.
     2. *means*. Survivor j now stands for all that was counted to it, so its value becomes the mean of those values,
        ``v'_j = (f_j v_j + sum_i f_i v_i) / (f_j + sum_i f_i)``, and ``k'_j`` is the same mean of their keys. A position
        weighs ``f = m + 1e-3``, with m its mean attention from the reference queries: what they look at decides, and
        where they look at nothing all count alike.
     3. *mass*. The logit of survivor j should grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the
        i counted to j. The shift of its key that does so best is a ridge regression,
-       ``D_j = M^-1 (Q^T W d_j + a (k'_j - k_j))``, one factorization for all survivors. The ridge pulls towards the
-       mean key: to a query unlike all reference queries, the survivor looks as what was counted to it does on average.
-       Where the press rewrote the survivors' keys the mean does not belong, and it pulls towards the key as it is.
+       ``D_j = (Q^T W Q + a I)^-1 (Q^T W d_j + a (k'_j - k_j))``, one factorization for all survivors. The ridge pulls
+       towards the mean key: to a query unlike all reference queries, the survivor looks as what was counted to it does
+       on average. Where the press rewrote the survivors' keys the mean does not belong, and it pulls towards the key as
+       it is.
     4. *do no harm*. What the others would say of each query's ``d_rj`` is known in closed form (leave one out). A head
        takes the fit only if attention by those logits leaves less than 0.8 of eviction's squared error of output and
        mass.
@@ -122,7 +126,7 @@ def attention_match(
     eviction : Eviction
         Which positions survived, where they stand in what the press left, and which were evicted.
     key_ridge : float
-        ``a``, in units of the mean of the diagonal of ``Q^T W Q``.
+        ``a / u``.
 
     Returns
     -------
@@ -233,11 +237,17 @@ def _fit(
     error_of_eviction = _squared_error(residual, mass, output)
 
     weight = _weights(residual)
-    moment, ridge = _second_moment(queries, weight, key_ridge)
+    moment, unit = _second_moment(queries, weight)
     mean_square = (kept_values.square().sum(dim=(1, 2)) + evicted_values.square().sum(dim=(1, 2))) / keys.shape[1]
     value_metric = (_VALUE_WEIGHT * queries.shape[1] / mean_square.clamp(min=_LEAST_SQUARE))[:, None, None]
     target = nearest_nearby(
-        keys[:, :n_survivors], keys[:, n_survivors:], kept_values, evicted_values, place, moment, value_metric
+        keys[:, :n_survivors],
+        keys[:, n_survivors:],
+        kept_values,
+        evicted_values,
+        place,
+        _with_ridge(moment, _METRIC_RIDGE * unit),
+        value_metric,
     )
     rows = _rows_of(target, n_survivors)
     kept_share, lost_share = (m.mean(dim=2, keepdim=True).add_(_LEAST_SHARE) for m in (kept_mass, lost_mass))
@@ -252,8 +262,9 @@ def _fit(
     growth = _add_counted_(kept_mass.clone(memory_format=torch.contiguous_format), lost_mass, rows)
     growth.add_(_LEAST_MASS).div_(mass + _LEAST_MASS).log_()
     if keys_rewritten:
-        moment, _ = _second_moment(kept_queries, weight, key_ridge)
-    inverse = torch.cholesky_inverse(_cholesky(moment))
+        moment, unit = _second_moment(kept_queries, weight)
+    ridge = key_ridge * unit
+    inverse = torch.cholesky_inverse(_cholesky(_with_ridge(moment, ridge)))
     smoother = torch.bmm(kept_queries * weight, inverse)
     shift = torch.bmm(growth, smoother)
     if not keys_rewritten:
@@ -339,7 +350,7 @@ def naive_attention_match(
             old_values,
             all_values[evicted],
             torch.searchsorted(survivors, evicted),
-            gram + key_ridge * gram.diagonal().mean() * identity,
+            gram + _METRIC_RIDGE * gram.diagonal().mean() * identity,
             _VALUE_WEIGHT * len(q) / some_values.square().sum(dim=1).mean().clamp(min=_LEAST_SQUARE),
         )
         fitted_values, pull = old_values.clone(), torch.zeros_like(old_keys)
@@ -392,18 +403,16 @@ def _weights(residual: torch.Tensor) -> torch.Tensor:
     return (error / error.mean(dim=1, keepdim=True).clamp(min=_TINY) + 1) / 2
 
 
-def _second_moment(
-    queries: torch.Tensor, weight: torch.Tensor, key_ridge: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    ``Q^T W Q + a I``, shape ``(n_heads, head_dim, head_dim)``, and ``a``, ``key_ridge`` times the mean of the diagonal
-    of ``Q^T W Q``, shape ``(n_heads, 1, 1)``.
-    """
-    gram = torch.bmm(queries.transpose(1, 2), queries * weight)
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    ridge = key_ridge * diagonal.mean(dim=-1, keepdim=True)
-    diagonal.add_(ridge)
-    return gram, ridge[:, :, None]
+def _second_moment(queries: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Q^T W Q``, shape ``(n_heads, head_dim, head_dim)``, and the mean of its diagonal, shape ``(n_heads, 1, 1)``."""
+    moment = torch.bmm(queries.transpose(1, 2), queries * weight)
+    return moment, moment.diagonal(dim1=1, dim2=2).mean(dim=-1)[:, None, None]
+
+
+def _with_ridge(moment: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """``moment`` plus ``ridge`` times the identity."""
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    return torch.addcmul(moment, ridge, identity)
 
 
 def _cholesky(matrix: torch.Tensor) -> torch.Tensor:

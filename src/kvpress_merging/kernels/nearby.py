@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from kvpress_merging.kernels.nearest import first_max
 from kvpress_merging.kernels.rows import block_bytes, gather_rows
 
-WINDOW = 128
+WINDOW = 256
 """Survivors among which an evicted position looks for the nearest: about half of them before it, half behind."""
 
 
 def block_length(n_survivors: int, n_evicted: int) -> int:
     """Neighbouring evicted positions that share a window: as many as lie within the middle half of it, a power of 2."""
     fitting = max(1, WINDOW // 2 * n_evicted // max(1, n_survivors))
-    return min(64, 1 << (fitting.bit_length() - 1))
+    return min(WINDOW // 2, 1 << (fitting.bit_length() - 1))
 
 
 def nearest_nearby(
