@@ -60,11 +60,11 @@ class AttentionMatchingPress(MergeOnEvictPress):
     Match attention on evict: shift the survivors' keys and values so that attention over them gives what it gave.
 
     A few reference queries are made of the layer's own input and rotated to where the context ends. Each evicted
-    position is counted to the survivor nearby that they see most alike and whose value is most like its own. A ridge
-    regression shifts each survivor's key a little, so that it attracts what those counted to it did too, and its value
-    becomes the mean of what it now stands for, weighted by attention. A head takes the fit only if that rids it of a
-    fifth of eviction's error on queries left out of it. Which positions survive is the inner press's choice alone. See
-    :func:`kvpress_merging.kernels.match.attention_match`.
+    position is counted to the survivor nearby whose key and value are most like its own. The survivor becomes the mean
+    of what it now stands for, keys and values, weighted by attention; a ridge regression then shifts its key from that
+    mean so far that it attracts what those counted to it did, as the reference queries see it. A head takes the fit
+    only if that rids it of a fifth of eviction's error on queries left out of it. Which positions survive is the inner
+    press's choice alone. See :func:`kvpress_merging.kernels.match.attention_match`.
 
     After [Fast KV Compaction via Attention Matching](https://arxiv.org/abs/2602.16284), which fits a bias per key where
     this shifts the key, so that no attention kernel has to change, and values by regression where these are means;
@@ -77,7 +77,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
     n_queries : int, default=96
         Reference queries per KV head, each from a position of its own, at least 1. More fit better and cost more.
     key_ridge : float, default=0.1
-        How strongly keys are held where they were, above 0, in units of the mean squared reference query.
+        How strongly keys are held at the mean of what they stand for, above 0, in units of the mean squared query.
 
     Raises
     ------
