@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from evaluation.speed_operations import operations_per_layer
+from evaluation.speed.operations import operations_per_layer
 
 MAX_OPERATIONS = {
     ("merging", "even"): 40,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_cases import Layer, masked, random_kept, random_rows, shrunk
 
-from evaluation.speed_operations import OperationCounter
+from evaluation.speed.operations import OperationCounter
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
 from kvpress_merging.kernels.match import attention_match
