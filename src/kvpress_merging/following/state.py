@@ -39,35 +39,23 @@ def is_same(masks: Masks | None, others: Masks | None) -> bool:
 
 @dataclass
 class LayerState:
-    """
-    What is remembered of one attention layer as long as it works on one cache, from prefill to prefill.
+    """What is remembered of one attention layer as long as it works on one cache, from prefill to prefill."""
 
-    Parameters
-    ----------
-    cache : weakref.ref, optional
-        The cache; None where a press handed keys and values on without saying whose they are.
-    context_length : int
-        Tokens that the cache stood for when it was first seen, before any eviction.
-    k_len : int
-        Positions in the cache after the last forward pass that was seen.
-    n_forgotten : int
-        Tokens that are in the cache no more, since the layer has a sliding window.
-    is_padding : torch.Tensor, optional
-        Tokens of the context that are padding, bool, shape ``(bsz, context_length)``; None if none is.
-    masked : torch.Tensor, optional
-        Positions that were ever masked, bool, shape ``(bsz, num_key_value_heads or 1, k_len at that time)``; None if
-        none was. Attention overwrites their keys, so they never take anything in. Padding is masked from the start.
-    stale_masks : tuple of torch.Tensor, optional
-        What ``module.masked_key_indices`` says of an earlier cache. kvpress's attention functions forget it when they
-        prefill, but not the model's own eager one.
-    """
-
+    # None where a press handed keys and values on without saying whose they are.
     cache: ref[Cache] | None
+    # Tokens that the cache stood for when it was first seen, before any eviction.
     context_length: int
+    # Positions in the cache after the last forward pass that was seen.
     k_len: int
+    # Tokens that are in the cache no more, since the layer has a sliding window.
     n_forgotten: int = 0
+    # Tokens of the context that are padding, bool, shape (bsz, context_length); None if none is.
     is_padding: torch.Tensor | None = None
+    # Positions that were ever masked, bool, shape (bsz, num_key_value_heads or 1, k_len at that time); None if none
+    # was. Attention overwrites their keys, so they never take anything in. Padding is masked from the start.
     masked: torch.Tensor | None = None
+    # What ``module.masked_key_indices`` says of an earlier cache. kvpress's attention functions forget it when they
+    # prefill, but not the model's own eager one.
     stale_masks: Masks | None = None
 
     def masks_on(self, module: nn.Module) -> Masks | None:
@@ -106,16 +94,8 @@ class LayerState:
         """
         What a press evicted now, and note what it masked.
 
-        Parameters
-        ----------
-        compressed : CompressedLayer
-            What it left of the layer.
-        k_len : int
-            Positions before it.
-        masks_before, masks_after : tuple of three torch.Tensor, or None
-            What was masked before, and what is masked since.
-        limit : int or None
-            Positions from here on are neither evicted nor survivors.
+        ``k_len`` positions were in the layer before; ``masks_before`` were masked then, ``masks_after`` are since.
+        Positions from ``limit`` on are neither evicted nor survivors.
         """
         bsz, num_key_value_heads, n_slots, _ = compressed.values.shape
         positions, keys_rewritten = compressed.positions, compressed.keys_rewritten
@@ -169,20 +149,11 @@ class Memory:
             return None
         return state if state.cache is None or state.cache() is cache else None
 
-    def start(self, module: nn.Module, kwargs: dict[str, Any], bsz: int, k_len: int | None = None) -> LayerState:
+    def start(self, module: nn.Module, kwargs: dict[str, Any], bsz: int, k_len: int | None = None) -> None:
         """
-        Remember a layer anew: it works on another cache, or is prefilled.
+        Remember a layer anew, at a forward pass with these arguments: it works on another cache, or is prefilled.
 
-        Parameters
-        ----------
-        module : nn.Module
-            The attention layer.
-        kwargs : dict
-            Keyword arguments of its forward pass.
-        bsz : int
-            Batch rows.
-        k_len : int, optional
-            Positions in the layer; by default those that the cache has.
+        ``k_len`` is the number of positions in the layer, by default those that the cache has.
         """
         cache = kwargs.get("past_key_values")
         state = LayerState(None if cache is None else ref(cache), k_len or 0, k_len or 0)
@@ -198,4 +169,3 @@ class Memory:
         if getattr(config, "_attn_implementation", "sdpa") not in ALL_ATTENTION_FUNCTIONS:
             state.stale_masks = masks_on(module)
         self.states[module] = state
-        return state
