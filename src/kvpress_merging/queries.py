@@ -17,16 +17,7 @@ _CROWDING = 2 / 3
 @lru_cache(maxsize=32)
 def reference_positions(q_len: int, n_queries: int, device: torch.device) -> torch.Tensor:
     """
-    Positions to take reference queries from: over the whole context, denser towards its end.
-
-    Parameters
-    ----------
-    q_len : int
-        Positions to choose from.
-    n_queries : int
-        How many; all of them where there are no more.
-    device : torch.device
-        Where the answer is needed.
+    Positions to take reference queries from: over the whole context of ``q_len``, denser towards its end.
 
     Returns
     -------
