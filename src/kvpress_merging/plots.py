@@ -135,8 +135,7 @@ def plot_layers(frame: pd.DataFrame) -> Figure:
         grid[0].yaxis.set_major_locator(MaxNLocator(integer=True))
         grid[1].plot(layers, figures["error_before"], "o-", color=_ORANGE, label="as evicted")
         grid[1].plot(layers, figures["error_after"], "s-", color=_GREEN, label="as left in the end")
-        grid[1].set_yscale("log")
-        grid[1].set_ylabel("squared error of the\nattention output (relative)")
+        grid[1].set(yscale="log", ylabel="squared error of the\nattention output (relative)")
     else:
         forgotten = figures["evicted"] - figures["merged"]
         grid[0].bar(layers, figures["merged"], color=_BLUE, label="merged")

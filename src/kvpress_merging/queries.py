@@ -19,10 +19,8 @@ def reference_positions(q_len: int, n_queries: int, device: torch.device) -> tor
     """
     Positions to take reference queries from: over the whole context of ``q_len``, denser towards its end.
 
-    Returns
-    -------
-    torch.Tensor
-        int64, shape ``(min(n_queries, q_len),)``, ascending. Shared by all who ask for the same: not to be written.
+    They are int64, of shape ``(min(n_queries, q_len),)``, ascending. All who ask for the same share them: not to be
+    written.
     """
     if n_queries >= q_len:
         return torch.arange(q_len, device=device)
@@ -81,13 +79,8 @@ def rotate(queries: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     """
     RoPE: queries as they are when asked at another position.
 
-    Parameters
-    ----------
-    queries : torch.Tensor
-        Before RoPE, shape ``(bsz, num_key_value_heads, n, head_dim)``.
-    cos, sin : torch.Tensor
-        Of that position, as the layer is given them: shape ``(bsz or 1, rotary_dim)``. Where ``rotary_dim`` is less
-        than ``head_dim`` the rest is not rotated.
+    ``queries`` have the shape ``(bsz, num_key_value_heads, n, head_dim)``; ``cos`` and ``sin`` are those of that
+    position, ``(bsz or 1, rotary_dim)``. Where ``rotary_dim`` is less than ``head_dim`` the rest is not rotated.
     """
     rotary_dim = cos.shape[-1]
     turned, rest = queries[..., :rotary_dim], queries[..., rotary_dim:]

@@ -88,16 +88,13 @@ class OpenLayer:
         self.layer: Any = cache.layers[layer_idx]
 
     @cached_property
-    def traced_keys(self) -> TracedTensor:
-        return trace(plain(self.layer.keys))
-
-    @cached_property
-    def traced_values(self) -> TracedTensor:
-        return trace(plain(self.layer.values))
+    def traced(self) -> tuple[TracedTensor, TracedTensor]:
+        """Keys and values that the press works on."""
+        return trace(plain(self.layer.keys)), trace(plain(self.layer.values))
 
     def open(self) -> None:
         """Put traced tensors where the press reads."""
-        self.layer.keys, self.layer.values = self.traced_keys, self.traced_values
+        self.layer.keys, self.layer.values = self.traced
 
     def close(self) -> None:
         """Leave what the press did so far and follow it no more."""
@@ -107,12 +104,13 @@ class OpenLayer:
 
     def undo_writes(self) -> None:
         """Undo what the press wrote into the layer's tensors."""
-        for traced in (self.traced_keys, self.traced_values):
+        for traced in self.traced:
             traced._origin.undo_writes()
 
     def before(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as they were before the press, plain."""
-        return self.traced_keys._origin.original, self.traced_values._origin.original
+        keys, values = self.traced
+        return keys._origin.original, values._origin.original
 
     def written(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as the press left them, traced if it did not rebuild them."""
@@ -121,12 +119,13 @@ class OpenLayer:
 
     def lengths(self) -> tuple[int, int]:
         """Positions before the press, and slots that it left."""
-        return self.traced_values.shape[2], self.written()[1].shape[2]
+        return self.traced[1].shape[2], self.written()[1].shape[2]
 
     def compressed(self) -> CompressedLayer:
         """What the press left."""
         keys, values = self.written()
-        keys_rewritten = self.traced_keys._origin.is_modified or (keys is not self.traced_keys and not is_traced(keys))
+        traced_keys = self.traced[0]
+        keys_rewritten = traced_keys._origin.is_modified or (keys is not traced_keys and not is_traced(keys))
         positions = positions_of(values)
         if positions is not None:
             positions = positions.to(values.device)
@@ -135,7 +134,7 @@ class OpenLayer:
     def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
         """Leave what the press did, with these keys and values in place of its own where they are given."""
         layer = self.cache.layers[self.layer_idx]
-        for name, traced, new in (("keys", self.traced_keys, keys), ("values", self.traced_values, values)):
+        for name, traced, new in zip(("keys", "values"), self.traced, (keys, values)):
             written = getattr(layer, name)
             left = traced._origin.tensor if written is traced else plain(written)
             setattr(layer, name, left if new is None else new)
@@ -171,21 +170,17 @@ class OpenQuantizedLayer(OpenLayer):
         self.layer._quantize = _Unquantized
 
     @cached_property
-    def traced_keys(self) -> TracedTensor:
-        return trace(type(self.layer)._dequantize(self.layer, self.stored[0]))
-
-    @cached_property
-    def traced_values(self) -> TracedTensor:
-        return trace(type(self.layer)._dequantize(self.layer, self.stored[1]))
+    def traced(self) -> tuple[TracedTensor, TracedTensor]:
+        keys, values = (type(self.layer)._dequantize(self.layer, stored) for stored in self.stored)
+        return trace(keys), trace(values)
 
     def undo_writes(self) -> None:
         """Nothing to undo: the press was given copies."""
 
     def _dequantize(self, stored: Any) -> torch.Tensor:
-        if stored is self.stored[0]:
-            return self.traced_keys
-        if stored is self.stored[1]:
-            return self.traced_values
+        for which in (0, 1):
+            if stored is self.stored[which]:
+                return self.traced[which]
         layer, layer_class = self.layer, type(self.layer)
         if isinstance(stored, _Unquantized):
             # One press after another: the second is to see what it would see without us, to the last bit.
@@ -205,8 +200,8 @@ class OpenQuantizedLayer(OpenLayer):
     def written(self) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.layer._quantized_keys, self.layer._quantized_values
         return (
-            keys.tensor if isinstance(keys, _Unquantized) else self.traced_keys,
-            values.tensor if isinstance(values, _Unquantized) else self.traced_values,
+            keys.tensor if isinstance(keys, _Unquantized) else self.traced[0],
+            values.tensor if isinstance(values, _Unquantized) else self.traced[1],
         )
 
     def compressed(self) -> CompressedLayer:
@@ -232,7 +227,7 @@ class OpenQuantizedLayer(OpenLayer):
                     residual[which] = new[:, :, n_stored:]
                 new = new[:, :, :n_stored]
             elif isinstance(written, _Unquantized):
-                traced = (self.traced_keys, self.traced_values)[which]
+                traced = self.traced[which]
                 if written.tensor is traced and not traced._origin.is_modified:
                     continue  # nothing to write: quantizing again would only lose precision
                 new = plain(written.tensor)

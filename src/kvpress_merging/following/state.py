@@ -120,18 +120,18 @@ class LayerState:
             slots = torch.arange(n_slots, device=device).expand_as(column)
             scratch = torch.zeros(bsz, num_key_value_heads, k_len + 1, dtype=torch.int64, device=device)
             slot_of = scratch.scatter(-1, column, slots)[..., :k_len]
-            is_kept = scratch.bool().scatter(-1, column, True)[..., :k_len]
-            masked_now = scratch.bool().scatter(-1, column, slots_masked)[..., :k_len]
-            self.masked = torch.cat([masked_earlier | masked_now, scratch[..., :1].bool()], dim=-1).gather(-1, column)
+            is_left = scratch.bool().scatter(-1, column, ~slots_masked)[..., :k_len]
+            earlier = torch.cat([masked_earlier, scratch[..., :1].bool()], dim=-1).gather(-1, column)
+            self.masked = earlier | slots_masked & (positions >= 0)
         else:
-            is_kept = torch.ones(shape, dtype=torch.bool, device=device)
-            masked_now = slots_masked[..., :k_len]
-            self.masked = masked_earlier | masked_now
+            is_left = ~slots_masked[..., :k_len]
+            self.masked = masked_earlier | ~is_left
 
         is_context = torch.arange(k_len, device=device) < (k_len if limit is None else limit)
-        is_survivor = is_kept & ~masked_now & ~masked_earlier & is_context
-        is_evicted = ~(is_kept & ~masked_now) & ~masked_earlier & is_context
-        return replace(Eviction.from_masks(is_survivor, is_evicted, slot_of), keys_rewritten=keys_rewritten)
+        was_seen = is_context & ~masked_earlier
+        return replace(
+            Eviction.from_masks(is_left & was_seen, ~is_left & was_seen, slot_of), keys_rewritten=keys_rewritten
+        )
 
 
 class Memory:

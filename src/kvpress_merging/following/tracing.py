@@ -97,9 +97,7 @@ def trace(tensor: torch.Tensor) -> TracedTensor:
     """View a cache tensor as one that holds the positions ``0 .. k_len - 1`` in every head. Shares its memory."""
 
     def identity() -> torch.Tensor:
-        bsz, num_key_value_heads, k_len = tensor.shape[:3]
-        positions = torch.arange(k_len, device=tensor.device).view(1, 1, k_len, 1)
-        return positions.expand(bsz, num_key_value_heads, k_len, 1)
+        return torch.arange(tensor.shape[2], device=tensor.device)[:, None].expand(*tensor.shape[:3], 1)
 
     traced = tensor.as_subclass(TracedTensor)
     traced._origin, traced._rows, traced._is_whole = Origin(tensor), identity, True

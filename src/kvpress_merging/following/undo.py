@@ -24,8 +24,12 @@ class Snapshot:
     def __init__(self, *objects: Any, layers: Iterable[OpenLayer] = ()):
         self.layers = list(layers)
         kept = [*objects, *(part for layer in self.layers for part in (layer.cache, layer.layer))]
-        self.attributes = [
-            (item, {name: (value, _items_of(value)) for name, value in vars(item).items()}) for item in kept
+        self.attributes = [(item, dict(vars(item))) for item in kept]
+        self.items: list[tuple[Any, Any]] = [
+            (value, copy(value))
+            for _, attributes in self.attributes
+            for value in attributes.values()
+            if isinstance(value, (list, dict))
         ]
         self.requires_grad = [
             (parameter, parameter.requires_grad)
@@ -46,19 +50,15 @@ class Snapshot:
         """Put everything back."""
         for layer in self.layers:
             layer.undo_writes()
+        for value, items in self.items:
+            if isinstance(value, list):
+                value[:] = items
+            else:
+                _refill(value, items)
         for item, attributes in self.attributes:
-            for value, items in attributes.values():
-                if isinstance(value, list):
-                    value[:] = items
-                elif isinstance(value, dict):
-                    _refill(value, items)
-            _refill(vars(item), {name: value for name, (value, _) in attributes.items()})
+            _refill(vars(item), attributes)
         for parameter, requires_grad in self.requires_grad:
             parameter.requires_grad_(requires_grad)
-
-
-def _items_of(value: Any) -> Any:
-    return copy(value) if isinstance(value, (list, dict)) else None
 
 
 def _refill(changed: dict[Any, Any], items: dict[Any, Any]) -> None:
