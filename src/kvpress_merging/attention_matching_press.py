@@ -28,22 +28,14 @@ _MAX_RECENT = 64
 
 @dataclass
 class LayerQueries:
-    """
-    What one layer's reference queries are made of, as long as it works on one cache.
+    """What one layer's reference queries are made of, as long as it works on one cache."""
 
-    Parameters
-    ----------
-    context : list of torch.Tensor
-        Queries of the context before RoPE, float32, shape ``(bsz, num_key_value_heads, n, head_dim)``: one of all rows
-        of the batch or, where rows have padding, one of each, with ``bsz`` 1 and an n of its own.
-    rotation : tuple of torch.Tensor
-        Of the last token seen.
-    recent : deque of torch.Tensor
-        Hidden states of the tokens that followed the context, each of shape ``(bsz, 1, hidden_dim)``.
-    """
-
+    # Queries of the context before RoPE, float32, shape (bsz, num_key_value_heads, n, head_dim): one of all rows of the
+    # batch or, where rows have padding, one of each, with bsz 1 and an n of its own.
     context: list[torch.Tensor]
+    # Of the last token seen.
     rotation: Rotation
+    # Hidden states of the tokens that followed the context, each of shape (bsz, 1, hidden_dim).
     recent: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_MAX_RECENT))
 
     def queries(self, module: nn.Module) -> list[torch.Tensor]:
@@ -90,10 +82,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
     >>> from kvpress import KnormPress
     >>> from kvpress_merging import AttentionMatchingPress
     >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-    >>> config = LlamaConfig(
-    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2,
-    ...     num_attention_heads=4, num_key_value_heads=2,
-    ... )
+    >>> config = LlamaConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
     >>> model, cache = LlamaForCausalLM(config), DynamicCache()
     >>> press = AttentionMatchingPress(KnormPress(compression_ratio=0.5), n_queries=64)
     >>> with torch.no_grad(), press(model):
@@ -115,10 +104,8 @@ class AttentionMatchingPress(MergeOnEvictPress):
         super()._check_field(name, value)
         if name == "n_queries":
             check_int(name, value, min_value=1)
-        elif name == "key_ridge":
-            check_number(name, value)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
+        if name == "key_ridge" and not 0 < check_number(name, value) < float("inf"):
+            raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
 
     @torch.no_grad()
     def observe(self, module: nn.Module, kwargs: dict[str, Any], is_prefill: bool) -> None:
@@ -191,11 +178,10 @@ class AttentionMatchingPress(MergeOnEvictPress):
         if is_padding is None or is_padding.shape[1] != q_len:
             positions = reference_positions(q_len, self.n_queries, device)
             return [prerope_queries(module, hidden_states[:, positions])]
-        context = []
-        for row, tokens in zip(hidden_states, self._memory.padding.tokens(is_padding)):
-            positions = tokens[reference_positions(len(tokens), self.n_queries, device)]
-            context.append(prerope_queries(module, row[None, positions]))
-        return context
+        return [
+            prerope_queries(module, row[None, tokens[reference_positions(len(tokens), self.n_queries, device)]])
+            for row, tokens in zip(hidden_states, self._memory.padding.tokens(is_padding))
+        ]
 
 
 def _of_row(rotation: Rotation, one: slice) -> Rotation:
@@ -204,7 +190,7 @@ def _of_row(rotation: Rotation, one: slice) -> Rotation:
 
 
 def _rotation_at(module: nn.Module, kwargs: dict[str, Any], position: int) -> Rotation:
-    """Cosines and sines of one position of a forward pass, each of shape ``(bsz or 1, rotary_dim)``."""
+    """Of one position of a forward pass."""
     if kwargs.get("position_embeddings") is None:
         raise ValueError(
             f"{type(module).__name__} is not given position_embeddings (cos, sin), so its queries cannot be rotated to "

@@ -29,10 +29,11 @@ def check_int(name: str, value: Any, min_value: int) -> None:
         raise ValueError(f"{name} must be at least {min_value}, got {value!r}")
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raise a TypeError unless ``value`` is a real number."""
+def check_number(name: str, value: Any) -> float:
+    """The value; raise a TypeError unless it is a real number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    return value  # type: ignore[return-value]
 
 
 def rotates_keys(press: BasePress) -> bool:
@@ -73,23 +74,6 @@ def not_followed(press: BasePress) -> ValueError:
         f"{type(press).__name__} shortened the cache in a way that does not show which positions it kept, so what it "
         "evicted cannot be merged: let it pick survivors by indexing, slicing, gathering or concatenating the keys and "
         "values that it is given, or use it without merging. The cache was left as it was."
-    )
-
-
-def cannot_be_followed(press: BasePress, others: dict[int, str]) -> str:
-    """Some layers of the cache, by index, are of classes that keep their keys and values in a way that is not known."""
-    return (
-        f"what {type(press).__name__} evicts from these cache layers is not merged, since they keep no keys and values "
-        f"that can be followed: {', '.join(f'{index} ({name})' for index, name in others.items())}"
-    )
-
-
-def evicted_elsewhere(press: BasePress, layer_idx: int) -> ValueError:
-    """The press evicted from a layer in a hook that is not the layer's."""
-    return ValueError(
-        f"{type(press).__name__} evicted from layer {layer_idx} in a hook of another module, "
-        "where it does not show what was evicted, so nothing of it was merged: let it evict in a forward hook of the "
-        "layer's own attention, in compress, or when its context exits, or use it without merging"
     )
 
 

@@ -48,7 +48,6 @@ class LayerFigures:
     merges: list[Merges] = field(default_factory=list)
     joined: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     heads: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
-    has_lost: list[bool] = field(default_factory=list)
     pairs: list[tuple[Eviction, Merges]] = field(default_factory=list)
 
     def add_merges(self, merges: Merges) -> None:
@@ -57,10 +56,9 @@ class LayerFigures:
             self.join()
 
     def add_heads(self, eviction: Eviction, heads: tuple[torch.Tensor, ...]) -> None:
-        """Which heads took matching, the errors of eviction and of it, and the norm of what they are relative to."""
-        self.heads.append(heads)
-        n_heads = heads[0].numel()
-        self.has_lost += [True] * n_heads if eviction.counts is None else [n > 0 for _, n in eviction.counts]
+        """Which heads took matching, the errors of eviction and of it, the output's norm; and which lost positions."""
+        has_lost = [n > 0 for _, n in eviction.counts] if eviction.counts else [True] * heads[0].numel()
+        self.heads.append((torch.tensor(has_lost, device="cpu"), *heads))
         if len(self.heads) > MAX_PARTS:
             self.heads = [joined(self.heads)]
 
@@ -76,8 +74,8 @@ class LayerFigures:
         row |= dict.fromkeys(("similarity_mean", "similarity_q05", "similarity_q50", "bound_mean"))
         row["most_merges"] = 0
         if self.heads:
-            heads = (part.double().cpu().numpy()[np.array(self.has_lost)] for part in joined(self.heads))
-            is_matched, eviction_error, matching_error, norm = heads
+            has_lost, *heads = (part.double().cpu().numpy() for part in joined(self.heads))
+            is_matched, eviction_error, matching_error, norm = (part[has_lost > 0] for part in heads)
             error_before, error_after = ((e / norm.clip(min=1e-19)) ** 2 for e in (eviction_error, matching_error))
             row |= {"heads": len(is_matched), "heads_fitted": int(is_matched.sum())}
             row["error_before"] = float(error_before.mean())

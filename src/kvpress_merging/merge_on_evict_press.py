@@ -60,10 +60,7 @@ class MergeOnEvictPress(PressWrapper):
     ...     def fold(self, module, hidden_states, keys, values, kept_keys, kept_values, eviction, kwargs):
     ...         index = eviction.evicted.unsqueeze(-1).expand(-1, -1, -1, values.shape[-1])
     ...         return kept_keys, kept_values + self.share * values.gather(2, index).mean(dim=2, keepdim=True)
-    >>> config = LlamaConfig(
-    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2,
-    ...     num_attention_heads=4, num_key_value_heads=2,
-    ... )
+    >>> config = LlamaConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
     >>> model, cache = LlamaForCausalLM(config), DynamicCache()
     >>> with torch.no_grad(), MeanPress(KnormPress(0.5))(model):
     ...     _ = model(torch.arange(40)[None], past_key_values=cache)
@@ -161,11 +158,6 @@ class MergeOnEvictPress(PressWrapper):
         If anything inside raises, what the press would do on leaving the context is undone, the model is left as it
         was, and the exception surfaces as it was raised.
 
-        Parameters
-        ----------
-        model : PreTrainedModel
-            The model that the press works on.
-
         Warns
         -----
         RuntimeWarning
@@ -179,7 +171,7 @@ class MergeOnEvictPress(PressWrapper):
     ) -> Any:
         """Run the inner press's forward hook and merge what it evicted: for presses that call an inner press's hook."""
         watch = self._watch()
-        watch.look(module, kwargs)
+        watch.look(module, input, kwargs, output)
         return watch.follow_hook(self.press.forward_hook)(module, input, kwargs, output)
 
     def compress(
@@ -197,22 +189,13 @@ class MergeOnEvictPress(PressWrapper):
     def _watch(self) -> Watch:
         return Watch(self.press, self._memory, self.report.start, self.observe, self._merge)
 
-    def _merge(
-        self,
-        module: nn.Module,
-        hidden_states: torch.Tensor | None,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        kept_keys: torch.Tensor,
-        kept_values: torch.Tensor,
-        eviction: Eviction,
-        kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Note an eviction, and fold what was evicted."""
+    def _merge(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Note an eviction, and fold what was evicted: takes what ``fold`` takes."""
+        module, *_, kept_keys, kept_values, eviction, _ = args
         self.report.record(layer_index(module), eviction)
         if eviction.n_evicted == 0:
             return kept_keys, kept_values
-        new_keys, new_values = self.fold(module, hidden_states, keys, values, kept_keys, kept_values, eviction, kwargs)
+        new_keys, new_values = self.fold(*args)
         check_folded(self, new_keys, kept_keys)
         check_folded(self, new_values, kept_values)
         return new_keys, new_values

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,10 +72,7 @@ class MergingPress(MergeOnEvictPress):
     >>> from kvpress import KnormPress
     >>> from kvpress_merging import MergingPress
     >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-    >>> config = LlamaConfig(
-    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2,
-    ...     num_attention_heads=4, num_key_value_heads=2,
-    ... )
+    >>> config = LlamaConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
     >>> model, cache = LlamaForCausalLM(config), DynamicCache()
     >>> press = MergingPress(KnormPress(compression_ratio=0.5), similarity_threshold=0.3)
     >>> with torch.no_grad(), press(model):
@@ -99,18 +98,15 @@ class MergingPress(MergeOnEvictPress):
 
     def _check_field(self, name: str, value: Any) -> None:
         super()._check_field(name, value)
-        if name in ("similarity_threshold", "merge_fraction"):
-            check_number(name, value)
-            if name == "similarity_threshold" and not 0 <= value <= 1:
-                raise ValueError(f"similarity_threshold must be in [0, 1], got {value!r}")
-            if name == "merge_fraction" and not 0 < value <= 1:
-                raise ValueError(f"merge_fraction must be in (0, 1], got {value!r}")
-        elif name in ("merge_keys", "value_norm_weighting", "record_pairs"):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
-        elif name in ("max_merge_per_token", "tile_bytes"):
+        if name == "similarity_threshold" and not 0 <= check_number(name, value) <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+        if name == "merge_fraction" and not 0 < check_number(name, value) <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {value!r}")
+        if name in ("merge_keys", "value_norm_weighting", "record_pairs") and not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+        if name in ("max_merge_per_token", "tile_bytes"):
             check_int(name, value, min_value=0 if name == "max_merge_per_token" else 1)
-        elif name == "kernel" and value not in KERNELS:
+        if name == "kernel" and value not in KERNELS:
             raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {value!r}")
 
     def fold(
@@ -124,18 +120,13 @@ class MergingPress(MergeOnEvictPress):
         eviction: Eviction,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blend; see the class. Similarities are those of ``keys``, also where the press rotated the survivors'
-        anew."""
+        """Blend; see the class. Similarities are those of ``keys``, also where the press rotates the survivors'."""
         if self.merge_keys and eviction.keys_rewritten:
             raise rotated_keys_error(self.press)
         blend = self._blend(keys, values, kept_keys, kept_values, eviction)
+        similarity = blend.similarity if self.record_pairs else blend.found.cosine
         self.report.record_merges(
-            layer_index(module),
-            eviction,
-            blend.similarity if self.record_pairs else blend.found.cosine,
-            blend.weight,
-            blend.target,
-            keep_pairs=self.record_pairs,
+            layer_index(module), eviction, similarity, blend.weight, blend.target, keep_pairs=self.record_pairs
         )
         return blend.keys, blend.values
 
@@ -158,30 +149,16 @@ class MergingPress(MergeOnEvictPress):
             Keys and values of all positions, those at ``indices`` blended; the keys as they came unless ``merge_keys``.
         """
         key_index, value_index = (indices.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1]) for rows in (keys, values))
-        blend = self._blend(
-            keys,
-            values,
-            keys.gather(2, key_index),
-            values.gather(2, value_index),
-            Eviction.from_kept(indices, keys.shape[2]),
-        )
+        eviction = Eviction.from_kept(indices, keys.shape[2])
+        blend = self._blend(keys, values, keys.gather(2, key_index), values.gather(2, value_index), eviction)
         merged_keys = keys.scatter(2, key_index, blend.keys) if self.merge_keys else keys
         return merged_keys, values.scatter(2, value_index, blend.values)
 
-    def _blend(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        kept_keys: torch.Tensor,
-        kept_values: torch.Tensor,
-        eviction: Eviction,
-    ) -> Blend:
-        return cosine_blend(
-            keys,
-            values,
-            kept_keys,
-            kept_values,
-            eviction,
+    @property
+    def _blend(self) -> Callable[..., Blend]:
+        """The kernel, with this press's parameters."""
+        return partial(
+            cosine_blend,
             similarity_threshold=self.similarity_threshold,
             merge_fraction=self.merge_fraction,
             max_merge_per_token=self.max_merge_per_token,

@@ -38,16 +38,7 @@ def plot_merges(
     start: int,
     stop: int | None,
 ) -> Figure:
-    """
-    Draw the first eviction of one head over its tokens: see :meth:`kvpress_merging.MergeReport.plot`.
-
-    Parameters
-    ----------
-    merges : pandas.DataFrame
-        All pairs of the layer, see :meth:`kvpress_merging.MergeReport.merges`.
-    tokenizer, input_ids, layer_idx, head, batch, start, stop
-        See there.
-    """
+    """What :meth:`kvpress_merging.MergeReport.plot` draws, of all pairs of the layer."""
     first = merges[merges["eviction"] == 0]
     of_head = first[(first["batch"] == batch) & (first["head"] == head)]
     if of_head.empty:
@@ -105,14 +96,9 @@ def _draw_arcs(axes: Axes, merged: pd.DataFrame, start: int, stop: int) -> None:
     middle, reach = ends.mean(axis=1, keepdims=True), (ends[:, :1] - ends[:, 1:]) / 2
     # By the square root, so that one merge from afar does not flatten all others.
     x, y = middle + reach * np.cos(angle), np.sqrt(np.abs(2 * reach)) * np.sin(angle)
-    weight = drawn["weight"].to_numpy()
-    arcs = LineCollection(
-        list(np.stack([x, y], axis=-1)),
-        array=drawn["similarity"].to_numpy(),
-        cmap="viridis",
-        linewidths=0.4 + 3 * weight,
-        gid="arcs",
-    )
+    similarity, weight = drawn["similarity"].to_numpy(), drawn["weight"].to_numpy()
+    paths = list(np.stack([x, y], axis=-1))
+    arcs = LineCollection(paths, array=similarity, cmap="viridis", linewidths=0.4 + 3 * weight, gid="arcs")
     axes.add_collection(arcs)
     axes.figure.colorbar(arcs, ax=axes, label="cosine similarity", pad=0.01)
     seen = y[(x >= start - 1) & (x <= stop)]
@@ -129,14 +115,7 @@ def _word(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 
 
 def plot_layers(frame: pd.DataFrame) -> Figure:
-    """
-    Draw figures layer by layer: see :meth:`kvpress_merging.MergeReport.plot_layers`.
-
-    Parameters
-    ----------
-    frame : pandas.DataFrame
-        What :meth:`kvpress_merging.MergeReport.to_frame` gives.
-    """
+    """What :meth:`kvpress_merging.MergeReport.plot_layers` draws, of :meth:`kvpress_merging.MergeReport.to_frame`."""
     if frame.empty or not frame["evicted"].sum():
         raise ValueError("nothing was evicted yet, so there is nothing to plot: prefill inside the press first")
     is_fit = "heads" in frame
@@ -156,8 +135,7 @@ def plot_layers(frame: pd.DataFrame) -> Figure:
         grid[0].yaxis.set_major_locator(MaxNLocator(integer=True))
         grid[1].plot(layers, figures["error_before"], "o-", color=_ORANGE, label="as evicted")
         grid[1].plot(layers, figures["error_after"], "s-", color=_GREEN, label="as left in the end")
-        grid[1].set_yscale("log")
-        grid[1].set_ylabel("squared error of the\nattention output (relative)")
+        grid[1].set(yscale="log", ylabel="squared error of the\nattention output (relative)")
     else:
         forgotten = figures["evicted"] - figures["merged"]
         grid[0].bar(layers, figures["merged"], color=_BLUE, label="merged")

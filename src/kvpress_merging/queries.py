@@ -17,21 +17,10 @@ _CROWDING = 2 / 3
 @lru_cache(maxsize=32)
 def reference_positions(q_len: int, n_queries: int, device: torch.device) -> torch.Tensor:
     """
-    Positions to take reference queries from: over the whole context, denser towards its end.
+    Positions to take reference queries from: over the whole context of ``q_len``, denser towards its end.
 
-    Parameters
-    ----------
-    q_len : int
-        Positions to choose from.
-    n_queries : int
-        How many; all of them where there are no more.
-    device : torch.device
-        Where the answer is needed.
-
-    Returns
-    -------
-    torch.Tensor
-        int64, shape ``(min(n_queries, q_len),)``, ascending. Shared by all who ask for the same: not to be written.
+    They are int64, of shape ``(min(n_queries, q_len),)``, ascending. All who ask for the same share them: not to be
+    written.
     """
     if n_queries >= q_len:
         return torch.arange(q_len, device=device)
@@ -78,25 +67,26 @@ def prerope_queries(module: nn.Module, hidden_states: torch.Tensor) -> torch.Ten
         # Queries, keys and values side by side, n_groups : 1 : 1 in heads.
         projected = projected[..., : n_channels * n_groups // (n_groups + 2)]
     queries = projected.reshape(bsz, n, -1, n_groups, head_dim)
-    turn = torch.arange(n, device=queries.device) % n_groups
-    queries = queries.gather(3, turn[:, None, None, None].expand(bsz, -1, queries.shape[2], 1, head_dim)).squeeze(3)
+    turn = _turns(n, n_groups, queries.device)[:, None, None, None]
+    queries = queries.gather(3, turn.expand(bsz, -1, queries.shape[2], 1, head_dim)).squeeze(3)
     if hasattr(module, "q_norm"):
         queries = module.q_norm(queries)  # type: ignore[operator]
     scaling = getattr(module, "scaling", head_dim**-0.5)
     return queries.transpose(1, 2).float() * scaling
 
 
+@lru_cache(maxsize=32)
+def _turns(n: int, n_groups: int, device: torch.device) -> torch.Tensor:
+    """Which query head of each group has its say at each of n positions, int64, shape ``(n,)``; not to be written."""
+    return torch.arange(n, device=device) % n_groups
+
+
 def rotate(queries: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
     RoPE: queries as they are when asked at another position.
 
-    Parameters
-    ----------
-    queries : torch.Tensor
-        Before RoPE, shape ``(bsz, num_key_value_heads, n, head_dim)``.
-    cos, sin : torch.Tensor
-        Of that position, as the layer is given them: shape ``(bsz or 1, rotary_dim)``. Where ``rotary_dim`` is less
-        than ``head_dim`` the rest is not rotated.
+    ``queries`` have the shape ``(bsz, num_key_value_heads, n, head_dim)``; ``cos`` and ``sin`` are those of that
+    position, ``(bsz or 1, rotary_dim)``. Where ``rotary_dim`` is less than ``head_dim`` the rest is not rotated.
     """
     rotary_dim = cos.shape[-1]
     turned, rest = queries[..., :rotary_dim], queries[..., rotary_dim:]

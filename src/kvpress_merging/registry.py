@@ -6,41 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from kvpress import (
-    AdaKVPress,
-    BasePress,
-    BlockPress,
-    ChunkKVPress,
-    CompactorPress,
-    ComposedPress,
-    CriticalAdaKVPress,
-    CriticalKVPress,
-    CURPress,
-    DecodingPress,
-    DMSPress,
-    DuoAttentionPress,
-    EntropyGatedChunkKVPress,
-    ExpectedAttentionPress,
-    FastKVzipPress,
-    FinchPress,
-    KeyDiffPress,
-    KnormPress,
-    KVComposePress,
-    KVgradPress,
-    KVzapPress,
-    KVzipPress,
-    LagKVPress,
-    LUKVPress,
-    ObservedAttentionPress,
-    PyramidKVPress,
-    QFilterPress,
-    RandomPress,
-    RestoreKVPress,
-    SnapKVPress,
-    StreamingLLMPress,
-    ThinKPress,
-    TOVAPress,
-)
+import kvpress
+from kvpress import BasePress
 
 from kvpress_merging.attention_matching_press import AttentionMatchingPress
 from kvpress_merging.merging_press import MergingPress
@@ -53,18 +20,7 @@ class PressRegistry(Mapping[str, BasePress]):
     Parameters
     ----------
     factories : mapping of str to callable
-        What makes the press of each name.
-
-    Raises
-    ------
-    KeyError
-        For a name that is not in it.
-
-    Examples
-    --------
-    >>> from kvpress_merging import PRESS_REGISTRY
-    >>> PRESS_REGISTRY["merging_knorm"].press
-    KnormPress(compression_ratio=0.0)
+        What makes the press of each name. A name that is not in it is a KeyError.
     """
 
     def __init__(self, factories: Mapping[str, Callable[[], BasePress]]):
@@ -86,79 +42,76 @@ class PressRegistry(Mapping[str, BasePress]):
 # The prefill presses of kvpress's evaluation registry that evict positions, by their names and with their settings
 # there.
 PREFILL_PRESSES: dict[str, Callable[[], BasePress]] = {
-    "RestoreKV": RestoreKVPress,
-    "RestoreKV_plus": lambda: RestoreKVPress(kvzip_plus_normalization=True),
-    "adakv_compactor": lambda: AdaKVPress(CompactorPress()),
-    "adakv_snapkv": lambda: AdaKVPress(SnapKVPress()),
-    "block_keydiff": lambda: BlockPress(press=KeyDiffPress(), block_size=128),
-    "chunkkv": lambda: ChunkKVPress(press=SnapKVPress(), chunk_length=20),
-    "compactor": CompactorPress,
-    "critical_adakv_expected_attention": lambda: CriticalAdaKVPress(ExpectedAttentionPress(use_vnorm=False)),
-    "critical_adakv_snapkv": lambda: CriticalAdaKVPress(SnapKVPress()),
-    "critical_expected_attention": lambda: CriticalKVPress(ExpectedAttentionPress(use_vnorm=False)),
-    "critical_snapkv": lambda: CriticalKVPress(SnapKVPress()),
-    "cur": CURPress,
-    "duo_attention": DuoAttentionPress,
-    "duo_attention_on_the_fly": lambda: DuoAttentionPress(on_the_fly_scoring=True),
-    "entropy_gated_chunkkv": lambda: EntropyGatedChunkKVPress(press=SnapKVPress()),
-    "expected_attention": lambda: AdaKVPress(ExpectedAttentionPress(epsilon=1e-2)),
-    "fastkvzip": FastKVzipPress,
-    "finch": FinchPress,
-    "keydiff": KeyDiffPress,
-    "knorm": KnormPress,
-    "kvcompose": KVComposePress,
-    "kvcompose_unstructured": lambda: KVComposePress(structured=False),
-    "kvgrad": KVgradPress,
-    "kvzap_linear": lambda: DMSPress(press=KVzapPress(model_type="linear")),
-    "kvzap_mlp": lambda: DMSPress(press=KVzapPress(model_type="mlp")),
-    "kvzap_mlp_head": lambda: KVzapPress(model_type="mlp"),
-    "kvzap_mlp_layer": lambda: AdaKVPress(KVzapPress(model_type="mlp")),
-    "kvzip": KVzipPress,
-    "kvzip_plus": lambda: KVzipPress(kvzip_plus_normalization=True),
-    "lagkv": LagKVPress,
-    "lukv": lambda: LUKVPress(ExpectedAttentionPress(epsilon=2e-2), sink=4, window=1),
-    "observed_attention": ObservedAttentionPress,
-    "pyramidkv": PyramidKVPress,
-    "qfilter": QFilterPress,
-    "random": RandomPress,
-    "snap_think": lambda: ComposedPress([SnapKVPress(), ThinKPress()]),
-    "snapkv": SnapKVPress,
-    "streaming_llm": StreamingLLMPress,
-    "tova": TOVAPress,
+    "RestoreKV": kvpress.RestoreKVPress,
+    "RestoreKV_plus": lambda: kvpress.RestoreKVPress(kvzip_plus_normalization=True),
+    "adakv_compactor": lambda: kvpress.AdaKVPress(kvpress.CompactorPress()),
+    "adakv_snapkv": lambda: kvpress.AdaKVPress(kvpress.SnapKVPress()),
+    "block_keydiff": lambda: kvpress.BlockPress(press=kvpress.KeyDiffPress(), block_size=128),
+    "chunkkv": lambda: kvpress.ChunkKVPress(press=kvpress.SnapKVPress(), chunk_length=20),
+    "compactor": kvpress.CompactorPress,
+    "critical_adakv_expected_attention": lambda: kvpress.CriticalAdaKVPress(
+        kvpress.ExpectedAttentionPress(use_vnorm=False)
+    ),
+    "critical_adakv_snapkv": lambda: kvpress.CriticalAdaKVPress(kvpress.SnapKVPress()),
+    "critical_expected_attention": lambda: kvpress.CriticalKVPress(kvpress.ExpectedAttentionPress(use_vnorm=False)),
+    "critical_snapkv": lambda: kvpress.CriticalKVPress(kvpress.SnapKVPress()),
+    "cur": kvpress.CURPress,
+    "duo_attention": kvpress.DuoAttentionPress,
+    "duo_attention_on_the_fly": lambda: kvpress.DuoAttentionPress(on_the_fly_scoring=True),
+    "entropy_gated_chunkkv": lambda: kvpress.EntropyGatedChunkKVPress(press=kvpress.SnapKVPress()),
+    "expected_attention": lambda: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(epsilon=1e-2)),
+    "fastkvzip": kvpress.FastKVzipPress,
+    "finch": kvpress.FinchPress,
+    "keydiff": kvpress.KeyDiffPress,
+    "knorm": kvpress.KnormPress,
+    "kvcompose": kvpress.KVComposePress,
+    "kvcompose_unstructured": lambda: kvpress.KVComposePress(structured=False),
+    "kvgrad": kvpress.KVgradPress,
+    "kvzap_linear": lambda: kvpress.DMSPress(press=kvpress.KVzapPress(model_type="linear")),
+    "kvzap_mlp": lambda: kvpress.DMSPress(press=kvpress.KVzapPress(model_type="mlp")),
+    "kvzap_mlp_head": lambda: kvpress.KVzapPress(model_type="mlp"),
+    "kvzap_mlp_layer": lambda: kvpress.AdaKVPress(kvpress.KVzapPress(model_type="mlp")),
+    "kvzip": kvpress.KVzipPress,
+    "kvzip_plus": lambda: kvpress.KVzipPress(kvzip_plus_normalization=True),
+    "lagkv": kvpress.LagKVPress,
+    "lukv": lambda: kvpress.LUKVPress(kvpress.ExpectedAttentionPress(epsilon=2e-2), sink=4, window=1),
+    "observed_attention": kvpress.ObservedAttentionPress,
+    "pyramidkv": kvpress.PyramidKVPress,
+    "qfilter": kvpress.QFilterPress,
+    "random": kvpress.RandomPress,
+    "snap_think": lambda: kvpress.ComposedPress([kvpress.SnapKVPress(), kvpress.ThinKPress()]),
+    "snapkv": kvpress.SnapKVPress,
+    "streaming_llm": kvpress.StreamingLLMPress,
+    "tova": kvpress.TOVAPress,
 }
 
 # The same of those that evict while decoding.
 DECODING_PRESSES: dict[str, Callable[[], BasePress]] = {
-    f"decoding_{name}": lambda make=make: DecodingPress(make())  # type: ignore[misc]
+    f"decoding_{name}": lambda make=make: kvpress.DecodingPress(make())  # type: ignore[misc]
     for name, make in (
         ("adakv_expected_attention_e2", PREFILL_PRESSES["expected_attention"]),
         ("adakv_snapkv", PREFILL_PRESSES["adakv_snapkv"]),
-        ("keydiff", KeyDiffPress),
-        ("knorm", KnormPress),
-        ("qfilter", QFilterPress),
-        ("streaming_llm", StreamingLLMPress),
-        ("tova", TOVAPress),
+        ("keydiff", kvpress.KeyDiffPress),
+        ("knorm", kvpress.KnormPress),
+        ("qfilter", kvpress.QFilterPress),
+        ("streaming_llm", kvpress.StreamingLLMPress),
+        ("tova", kvpress.TOVAPress),
     )
 }
 
-# Merged presses whose names do not come from the table above. kvpress has two of them already, around bare scorers: a
-# table of results must not mean two things by one name, so theirs is kept, and what the bare name means there goes by
-# another.
+# Merged presses by names that are not in the tables above. kvpress itself has merging_expected_attention and
+# merging_kvzap_mlp, around bare scorers: theirs are kept, and what the bare names mean there goes by others.
 _NAMED_APART: dict[str, Callable[[], BasePress]] = {
-    "expected_attention": lambda: ExpectedAttentionPress(epsilon=1e-2),
+    "expected_attention": lambda: kvpress.ExpectedAttentionPress(epsilon=1e-2),
     "adakv_expected_attention": PREFILL_PRESSES["expected_attention"],
     "kvzap_mlp": PREFILL_PRESSES["kvzap_mlp_head"],
     "dms_kvzap_mlp": PREFILL_PRESSES["kvzap_mlp"],
 }
 
 
-def _wrapped(wrapper: Callable[[BasePress], BasePress], make: Callable[[], BasePress]) -> Callable[[], BasePress]:
-    return lambda: wrapper(make())
-
-
 PRESS_REGISTRY = PressRegistry(
     {
-        f"{prefix}_{name}": _wrapped(wrapper, make)
+        f"{prefix}_{name}": lambda wrapper=wrapper, make=make: wrapper(make())  # type: ignore[misc]
         for prefix, wrapper in (("matching", AttentionMatchingPress), ("merging", MergingPress))
         for name, make in sorted((PREFILL_PRESSES | DECODING_PRESSES | _NAMED_APART).items())
     }
@@ -167,9 +120,8 @@ PRESS_REGISTRY = PressRegistry(
 A :class:`PressRegistry` of the presses of kvpress's evaluation that evict positions: ``merging_<name>`` wraps
 the press that goes by ``<name>`` there in a MergingPress, ``matching_<name>`` in an AttentionMatchingPress.
 
-Each look-up makes a new press, with the settings that it has there. A KeyError for a name that is not in it.
-``merging_expected_attention`` and ``merging_kvzap_mlp``, names that kvpress has already, wrap the bare scorers, as
-there.
+Each has the settings that it has there; ``merging_expected_attention`` and ``merging_kvzap_mlp``, names that kvpress
+has already, wrap the bare scorers.
 
 Examples
 --------

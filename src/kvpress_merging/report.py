@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,12 +30,12 @@ class MergeReport:
     - ``kept``: positions left after the last eviction, summed over batch rows and heads;
     - ``evicted``, ``merged``: positions, summed over batch rows, heads and evictions;
     - ``similarity_mean``, ``similarity_q05``, ``similarity_q50``: cosine similarity of the merged positions to the
-      survivor that took them in: mean, 5 % and 50 % quantile;
+      survivor that took them in: mean, 5 % and 50 % quantile; None if nothing was merged;
     - ``bound_mean``: mean of ``1 / (1 + w)``, to which a merge of weight ``w`` shrinks the distance between an evicted
-      value and the one that stands for it, where the survivor takes in no other;
+      value and the one that stands for it, where the survivor takes in no other; None likewise;
     - ``most_merges``: the largest number of positions that one survivor took in at one eviction.
 
-    Figures that are not defined, since nothing was merged, are None. Matching adds
+    Matching adds
 
     - ``heads``, ``heads_fitted``: heads (times batch rows and evictions) that lost positions, and those of them that
       took the fit;
@@ -47,10 +48,7 @@ class MergeReport:
     >>> from kvpress import KnormPress
     >>> from kvpress_merging import MergingPress
     >>> from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-    >>> config = LlamaConfig(
-    ...     vocab_size=100, hidden_size=64, num_hidden_layers=2,
-    ...     num_attention_heads=4, num_key_value_heads=2,
-    ... )
+    >>> config = LlamaConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
     >>> model, cache = LlamaForCausalLM(config), DynamicCache()
     >>> press = MergingPress(KnormPress(0.5), record_pairs=True)
     >>> with torch.no_grad(), press(model):
@@ -62,7 +60,7 @@ class MergeReport:
     """
 
     def __init__(self) -> None:
-        self._layers: dict[int, LayerFigures] = {}
+        self._layers: defaultdict[int, LayerFigures] = defaultdict(LayerFigures)
 
     def start(self, layer_idx: int) -> None:
         """
@@ -86,7 +84,7 @@ class MergeReport:
         eviction : Eviction
             What was evicted.
         """
-        layer = self._layers.setdefault(layer_idx, LayerFigures())
+        layer = self._layers[layer_idx]
         layer.n_survivors = eviction.n_survivors
         layer.n_evicted += eviction.n_evicted
 
@@ -105,17 +103,15 @@ class MergeReport:
 
         Parameters
         ----------
-        layer_idx : int
-            The layer.
-        eviction : Eviction
-            What was evicted.
+        layer_idx, eviction : int, Eviction
+            As in :meth:`record`.
         similarity, weight, target : torch.Tensor
             As :func:`kvpress_merging.kernels.blend.cosine_blend` returns them; the similarity is of no meaning where
             the weight is 0, unless ``keep_pairs``. They are kept, so not to be written.
         keep_pairs : bool
             Keep the eviction too, for :meth:`merges` and :meth:`plot`.
         """
-        layer = self._layers.setdefault(layer_idx, LayerFigures())
+        layer = self._layers[layer_idx]
         merges = Merges(similarity, weight, target, eviction.survivors.shape[-1])
         layer.add_merges(merges)
         if keep_pairs:
@@ -135,26 +131,22 @@ class MergeReport:
 
         Parameters
         ----------
-        layer_idx : int
-            The layer.
-        eviction : Eviction
-            What was evicted.
+        layer_idx, eviction : int, Eviction
+            As in :meth:`record`.
         is_fitted, eviction_error, matching_error, output_norm : torch.Tensor
             As :func:`kvpress_merging.kernels.match.attention_match` returns them, which are kept.
         """
-        layer = self._layers.setdefault(layer_idx, LayerFigures())
-        layer.add_heads(eviction, (is_fitted, eviction_error, matching_error, output_norm))
+        self._layers[layer_idx].add_heads(eviction, (is_fitted, eviction_error, matching_error, output_norm))
 
     def to_dict(self) -> dict[int, dict[str, Any]]:
         """One dict of figures per layer, by layer index; see the class for their names."""
-        return {layer_idx: self._layers[layer_idx].read() for layer_idx in sorted(self._layers)}
+        return {layer_idx: layer.read() for layer_idx, layer in sorted(self._layers.items())}
 
     def to_frame(self) -> pd.DataFrame:
         """The same as a pandas DataFrame: one row per layer, indexed by ``layer``."""
         import pandas as pd
 
-        frame = pd.DataFrame.from_dict(self.to_dict(), orient="index")
-        return frame.rename_axis(index="layer")
+        return pd.DataFrame.from_dict(self.to_dict(), orient="index").rename_axis(index="layer")
 
     def merges(self, layer_idx: int) -> pd.DataFrame:
         """
@@ -172,11 +164,7 @@ class MergeReport:
 
             - ``eviction``: 0 for the first since the prefill, 1 for the next, ...;
             - ``batch``, ``head``: batch row and KV head;
-            - ``evicted``: the position. At the first eviction positions are those of the tokens, later on those in
-              what earlier evictions left;
-
-            and with
-
+            - ``evicted``: the position; at the first eviction that of the token, later on in what earlier ones left;
             - ``survivor``: position of the survivor with the most similar key; -1 where no survivor may be merged into;
             - ``similarity``: their keys' cosine, -inf where there is no such survivor;
             - ``weight``: ``w`` in the blend, 0 where the evicted position was not merged but forgotten.
@@ -188,10 +176,10 @@ class MergeReport:
         """
         import pandas as pd
 
-        layer = self._layers.get(layer_idx)
-        if layer is None:
+        if layer_idx not in self._layers:
             seen = ", ".join(map(str, sorted(self._layers))) or "none yet"
             raise ValueError(f"layer_idx must be a layer that the press has seen ({seen}), got {layer_idx!r}")
+        layer = self._layers[layer_idx]
         if layer.heads:
             raise ValueError(
                 "matching moves all survivors of a head together, so there are no pairs to show: "
@@ -245,14 +233,7 @@ class MergeReport:
         return plot_merges(self.merges(layer_idx), tokenizer, input_ids, layer_idx, head, batch, start, stop)
 
     def plot_layers(self) -> Figure:
-        """
-        Draw the figures of :meth:`to_frame`, layer by layer. Needs matplotlib.
-
-        Raises
-        ------
-        ValueError
-            If nothing was evicted.
-        """
+        """Draw the figures of :meth:`to_frame`, with matplotlib; a ValueError if nothing was evicted."""
         from kvpress_merging.plots import plot_layers
 
         return plot_layers(self.to_frame())

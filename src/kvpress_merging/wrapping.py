@@ -4,7 +4,7 @@
 A press around a press that kvpress takes for the inner one.
 
 kvpress's pipeline and evaluation ask ``isinstance(press, KeyRerotationPress)`` and the like, and read and write fields
-such as ``press.threshold``. ``PressWrapper`` answers these as the press inside would.
+such as ``press.threshold``; ``PressWrapper`` answers as the press inside would.
 """
 
 from __future__ import annotations
@@ -40,12 +40,7 @@ def nested_presses(press: BasePress) -> Iterator[BasePress]:
 
 @cache
 def _stand_in(own: type, inner: type) -> type:
-    """
-    A subclass of ``inner`` that is never instantiated: calling it makes an ``own``.
-
-    ``dataclasses.replace`` calls ``instance.__class__``, and the dataclass ``__repr__`` and ``__eq__`` read its name
-    and compare it.
-    """
+    """A subclass of ``inner`` that makes an ``own``: ``dataclasses.replace`` calls it, ``__repr__`` reads its name."""
 
     def make(cls: type, *args: Any, **kwargs: Any) -> Any:
         return own(*args, **kwargs)
@@ -65,11 +60,7 @@ def _rebuild(cls: type, kwargs: dict[str, Any]) -> Any:
 
 
 def _refuse_to_be_a_scorer(press: PressWrapper, caller: FrameType) -> None:
-    """
-    Raise a TypeError where a press is being made around this one that takes scorers alone.
-
-    kvpress's presses check this when they are made, by a bare assertion about the class of what they were given.
-    """
+    """Raise a TypeError where a press is being made around this one that takes scorers alone, by a bare assertion."""
     outer = caller.f_locals.get("self") if caller.f_code.co_name in ("__init__", "__post_init__") else None
     if not isinstance(outer, BasePress):
         return
@@ -88,16 +79,11 @@ def _refuse_to_be_a_scorer(press: PressWrapper, caller: FrameType) -> None:
 @dataclass
 class PressWrapper(BasePress):
     """
-    Base of presses that wrap another press and are used in its place.
+    Base of presses that wrap another press, ``press``, and are used in its place.
 
     To ``isinstance`` such a press is of its own class and of the inner press's, except where the inner one is a
     ``ScorerPress``: other presses ask scorers for scores, and would then pass the wrapper by. Attributes that the
     inner press has and the wrapper has not are read from, and written to, the inner press.
-
-    Parameters
-    ----------
-    press : BasePress
-        The press that is wrapped.
     """
 
     press: BasePress
@@ -150,8 +136,7 @@ class PressWrapper(BasePress):
 
     @property
     def compression_ratio(self) -> float:
-        """The inner press's, read and written through; what it raises where it is read-only or not known yet is
-        raised."""
+        """The inner press's, read and written through, with what it raises where it is read-only or not known yet."""
         return self.__getattr__("compression_ratio")
 
     @compression_ratio.setter
@@ -161,14 +146,7 @@ class PressWrapper(BasePress):
         self.press.compression_ratio = value  # type: ignore[attr-defined]
 
     def score(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        Not offered: a press that asks for scores evicts by itself, and what this press does would be lost.
-
-        Raises
-        ------
-        TypeError
-            Always.
-        """
+        """Always a TypeError: a press that asks for scores evicts by itself, and what this press does would be lost."""
         inner, own = type(self.press).__name__, type(self).__name__
         raise TypeError(
             f"{own} has no scores to give to the press around it, which would evict without merging: "

@@ -36,38 +36,23 @@ from kvpress_merging.following.tracing import (
 
 @dataclass
 class CompressedLayer:
-    """
-    What a press left of one layer.
+    """What a press left of one layer."""
 
-    Parameters
-    ----------
-    keys, values : torch.Tensor
-        Plain tensors, shape ``(bsz, num_key_value_heads, n_slots, head_dim)``.
-    positions : torch.Tensor or None
-        The position that each slot's *value* holds, int64, shape ``(bsz, num_key_value_heads, n_slots)``; None where
-        the press rebuilt the values in a way that cannot be followed.
-    keys_rewritten : bool
-        Whether the keys are not those of the cache any more (rotated anew, or with channels set to zero).
-    has_foreign_rows : bool
-        Whether some slots may hold tokens that the press appended.
-    """
-
+    # Plain tensors, shape (bsz, num_key_value_heads, n_slots, head_dim).
     keys: torch.Tensor
     values: torch.Tensor
+    # The position that each slot's value holds, int64, shape (bsz, num_key_value_heads, n_slots); None where the press
+    # rebuilt the values in a way that cannot be followed.
     positions: torch.Tensor | None
+    # Whether the keys are not those of the cache any more (rotated anew, or with channels set to zero).
     keys_rewritten: bool
+    # Whether some slots may hold tokens that the press appended.
     has_foreign_rows: bool
 
 
 def is_followed(layer: CacheLayerMixin) -> bool:
-    """
-    Whether evictions from this kind of cache layer can be merged.
-
-    Raises
-    ------
-    ValueError
-        For a static layer, which a press cannot shrink: kvpress would evict from its unwritten tail as well.
-    """
+    """Whether evictions from this kind of cache layer can be merged; a ValueError for one that no press can shrink."""
+    # kvpress would evict from its unwritten tail as well.
     if isinstance(layer, StaticLayer):
         raise ValueError(
             f"a {type(layer).__name__} has a fixed length, which no press can shrink: "
@@ -77,16 +62,12 @@ def is_followed(layer: CacheLayerMixin) -> bool:
 
 
 def tokens_seen(layer: CacheLayerMixin) -> int:
-    """
-    Number of tokens that a cache layer stands for, read without a device synchronisation.
-
-    A sliding-window layer counts all that it ever saw, every other one those that it holds.
-    """
+    """Number of tokens that a cache layer stands for: all that a sliding one ever saw, those that any other holds."""
     return int(layer.get_seq_length())
 
 
 def layer_length(layer: Any) -> int:
-    """Number of positions that a cache layer holds, read without a device synchronisation."""
+    """Number of positions that a cache layer holds; like ``tokens_seen``, read without a device synchronisation."""
     is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
     return int(layer.keys.shape[2] if is_sliding else tokens_seen(layer))
 
@@ -94,20 +75,26 @@ def layer_length(layer: Any) -> int:
 def open_layer(cache: Cache, layer_idx: int) -> OpenLayer:
     """What follows a press on one layer of ``cache``, not open yet."""
     is_quantized = isinstance(cache.layers[layer_idx], QuantizedLayer)
-    return (OpenQuantizedLayer if is_quantized else OpenDynamicLayer)(cache, layer_idx)
+    return (OpenQuantizedLayer if is_quantized else OpenLayer)(cache, layer_idx)
 
 
 class OpenLayer:
-    """A pair of traced tensors that a press works on; the base of what stands where a press reads and writes."""
+    """A layer that keeps its keys and values as tensors. The press may put another layer in its place."""
 
-    traced_keys: TracedTensor
-    traced_values: TracedTensor
-    parts: tuple[Any, ...] = ()
-    """The objects whose attributes say what the layer holds."""
-    is_closed: bool = False
+    is_closed = False
+
+    def __init__(self, cache: Any, layer_idx: int):
+        self.cache, self.layer_idx = cache, layer_idx
+        self.layer: Any = cache.layers[layer_idx]
+
+    @cached_property
+    def traced(self) -> tuple[TracedTensor, TracedTensor]:
+        """Keys and values that the press works on."""
+        return trace(plain(self.layer.keys)), trace(plain(self.layer.values))
 
     def open(self) -> None:
         """Put traced tensors where the press reads."""
+        self.layer.keys, self.layer.values = self.traced
 
     def close(self) -> None:
         """Leave what the press did so far and follow it no more."""
@@ -117,77 +104,37 @@ class OpenLayer:
 
     def undo_writes(self) -> None:
         """Undo what the press wrote into the layer's tensors."""
-        for traced in (self.traced_keys, self.traced_values):
+        for traced in self.traced:
             traced._origin.undo_writes()
 
     def before(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as they were before the press, plain."""
-        return self.traced_keys._origin.original, self.traced_values._origin.original
+        keys, values = self.traced
+        return keys._origin.original, values._origin.original
+
+    def written(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as the press left them, traced if it did not rebuild them."""
+        layer = self.cache.layers[self.layer_idx]
+        return layer.keys, layer.values
 
     def lengths(self) -> tuple[int, int]:
         """Positions before the press, and slots that it left."""
-        raise NotImplementedError
+        return self.traced[1].shape[2], self.written()[1].shape[2]
 
     def compressed(self) -> CompressedLayer:
         """What the press left."""
-        raise NotImplementedError
-
-    def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
-        """Leave what the press did, with these keys and values in place of its own where they are given."""
-        raise NotImplementedError
-
-    def _describe(self, keys: torch.Tensor, values: torch.Tensor) -> CompressedLayer:
-        keys_rewritten = self.traced_keys._origin.is_modified or (keys is not self.traced_keys and not is_traced(keys))
+        keys, values = self.written()
+        traced_keys = self.traced[0]
+        keys_rewritten = traced_keys._origin.is_modified or (keys is not traced_keys and not is_traced(keys))
         positions = positions_of(values)
         if positions is not None:
             positions = positions.to(values.device)
         return CompressedLayer(plain(keys), plain(values), positions, keys_rewritten, has_foreign_rows(values))
 
-
-class OpenTensors(OpenLayer):
-    """Keys and values that a press is handed as arguments and gives back as results."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
-        self.traced_keys, self.traced_values = trace(plain(keys)), trace(plain(values))
-        self.result: tuple[torch.Tensor, torch.Tensor] = (self.traced_keys, self.traced_values)
-
-    def lengths(self) -> tuple[int, int]:
-        return self.traced_values.shape[2], self.result[1].shape[2]
-
-    def compressed(self) -> CompressedLayer:
-        return self._describe(*self.result)
-
     def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
-        result_keys, result_values = (plain(tensor) for tensor in self.result)
-        self.result = (result_keys if keys is None else keys, result_values if values is None else values)
-
-
-class OpenDynamicLayer(OpenLayer):
-    """A layer that keeps its keys and values as tensors. The press may put another layer in its place."""
-
-    def __init__(self, cache: Cache, layer_idx: int):
-        self.layers, self.layer_idx = cache.layers, layer_idx
-        layer: Any = self.layers[layer_idx]
-        self.layer, self.parts = layer, (cache, layer)
-        self.traced_keys, self.traced_values = trace(plain(layer.keys)), trace(plain(layer.values))
-
-    def open(self) -> None:
-        self.layer.keys, self.layer.values = self.traced_keys, self.traced_values
-
-    @property
-    def written(self) -> Any:
-        """The layer that now stands in the cache."""
-        return self.layers[self.layer_idx]
-
-    def lengths(self) -> tuple[int, int]:
-        return self.traced_values.shape[2], self.written.values.shape[2]
-
-    def compressed(self) -> CompressedLayer:
-        return self._describe(self.written.keys, self.written.values)
-
-    def commit(self, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
-        layer = self.written
-        for name, traced, new in (("keys", self.traced_keys, keys), ("values", self.traced_values, values)):
+        """Leave what the press did, with these keys and values in place of its own where they are given."""
+        layer = self.cache.layers[self.layer_idx]
+        for name, traced, new in zip(("keys", "values"), self.traced, (keys, values)):
             written = getattr(layer, name)
             left = traced._origin.tensor if written is traced else plain(written)
             setattr(layer, name, left if new is None else new)
@@ -211,8 +158,8 @@ class OpenQuantizedLayer(OpenLayer):
     """
 
     def __init__(self, cache: Cache, layer_idx: int):
-        layer: Any = cache.layers[layer_idx]
-        self.layer, self.parts = layer, (layer,)
+        super().__init__(cache, layer_idx)
+        layer = self.layer
         self.stored = (layer._quantized_keys, layer._quantized_values)
         self.residual = (layer.keys, layer.values)
         self.k_len = layer.cumulative_length
@@ -223,21 +170,17 @@ class OpenQuantizedLayer(OpenLayer):
         self.layer._quantize = _Unquantized
 
     @cached_property
-    def traced_keys(self) -> TracedTensor:  # type: ignore[override]
-        return trace(type(self.layer)._dequantize(self.layer, self.stored[0]))
-
-    @cached_property
-    def traced_values(self) -> TracedTensor:  # type: ignore[override]
-        return trace(type(self.layer)._dequantize(self.layer, self.stored[1]))
+    def traced(self) -> tuple[TracedTensor, TracedTensor]:
+        keys, values = (type(self.layer)._dequantize(self.layer, stored) for stored in self.stored)
+        return trace(keys), trace(values)
 
     def undo_writes(self) -> None:
         """Nothing to undo: the press was given copies."""
 
     def _dequantize(self, stored: Any) -> torch.Tensor:
-        if stored is self.stored[0]:
-            return self.traced_keys
-        if stored is self.stored[1]:
-            return self.traced_values
+        for which in (0, 1):
+            if stored is self.stored[which]:
+                return self.traced[which]
         layer, layer_class = self.layer, type(self.layer)
         if isinstance(stored, _Unquantized):
             # One press after another: the second is to see what it would see without us, to the last bit.
@@ -251,16 +194,18 @@ class OpenQuantizedLayer(OpenLayer):
 
     def lengths(self) -> tuple[int, int]:
         written = self.layer._quantized_values
-        if not isinstance(written, _Unquantized):
-            return self.k_len, self.k_len
-        return self.k_len, written.tensor.shape[2] + self.n_residual
+        is_written = isinstance(written, _Unquantized)
+        return self.k_len, written.tensor.shape[2] + self.n_residual if is_written else self.k_len
+
+    def written(self) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.layer._quantized_keys, self.layer._quantized_values
+        return (
+            keys.tensor if isinstance(keys, _Unquantized) else self.traced[0],
+            values.tensor if isinstance(values, _Unquantized) else self.traced[1],
+        )
 
     def compressed(self) -> CompressedLayer:
-        keys, values = self.layer._quantized_keys, self.layer._quantized_values
-        compressed = self._describe(
-            keys.tensor if isinstance(keys, _Unquantized) else self.traced_keys,
-            values.tensor if isinstance(values, _Unquantized) else self.traced_values,
-        )
+        compressed = super().compressed()
         compressed.keys = self._with_residual(compressed.keys, 0)
         compressed.values = self._with_residual(compressed.values, 1)
         if self.n_residual and (positions := compressed.positions) is not None:
@@ -282,7 +227,7 @@ class OpenQuantizedLayer(OpenLayer):
                     residual[which] = new[:, :, n_stored:]
                 new = new[:, :, :n_stored]
             elif isinstance(written, _Unquantized):
-                traced = (self.traced_keys, self.traced_values)[which]
+                traced = self.traced[which]
                 if written.tensor is traced and not traced._origin.is_modified:
                     continue  # nothing to write: quantizing again would only lose precision
                 new = plain(written.tensor)

@@ -34,44 +34,20 @@ def layer_index(module: nn.Module) -> int:
     return int(module.layer_idx)  # type: ignore[arg-type]
 
 
-def uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """The hook, for which a model compiled with ``torch.compile`` leaves its graph."""
-    return torch.compiler.disable(hook)
-
-
 def only_looking(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for a hook that changes nothing, which says so to who asks what a press has put on a model."""
-    hook = uncompiled(hook)
+    """A hook that changes nothing, which says so to who asks what a press has put on a model; not compiled."""
+    hook = torch.compiler.disable(hook)
     hook.only_looks = True  # type: ignore[attr-defined]
     return hook
 
 
-def wrap_hook(module: nn.Module, number: int, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put ``wrap(hook)`` in the place of a forward hook; the hook that is wrapped takes keyword arguments."""
-    hook = module._forward_hooks[number]
-    takes_kwargs = number in module._forward_hooks_with_kwargs
-
-    def with_kwargs(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        return hook(module, args, kwargs, output) if takes_kwargs else hook(module, args, output)
-
-    module._forward_hooks[number] = uncompiled(wrap(with_kwargs))
-    module._forward_hooks_with_kwargs[number] = True
-
-
 class EnteredModel:
-    """
-    A model that a press is about to be entered on, and what entering puts there, to be taken off.
-
-    Some of it every press leaves behind: ``forward`` as an attribute of a module that had it from its class, and
-    ``rotary_emb``, lent to the attention layers. The rest a press takes off itself, unless an exception keeps it from
-    that: hooks, forwards that it keeps, the attention implementation.
-    """
+    """A model that a press is about to be entered on, and what entering puts there, to be taken off."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.attn_implementation = model.config._attn_implementation
-        self.names = {module: set(vars(module)) for module in model.modules()}
-        self.forwards = {module: vars(module).get("forward") for module in self.names}
+        self.attributes = {module: dict(vars(module)) for module in model.modules()}
         self.without_rotary_emb = [module for module in attention_modules(model) if not hasattr(module, "rotary_emb")]
         self.earlier_hooks = {(id(hooks), number) for hooks, number in self._hooks()}
         self.new_hooks: list[tuple[dict[int, Any], int]] = []
@@ -83,30 +59,37 @@ class EnteredModel:
             (hooks, number) for hooks, number in self._hooks() if (id(hooks), number) not in self.earlier_hooks
         ]
 
-    def hooks_of_press(self, module: nn.Module) -> list[int]:
-        """The numbers of the forward hooks that the press put on a module."""
-        return [number for hooks, number in self.new_hooks if hooks is module._forward_hooks]
+    def wrap_hooks(self, module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+        """Put ``wrap(hook)`` in the place of each forward hook that the press put on a module, if there is any."""
+        numbers = [number for hooks, number in self.new_hooks if hooks is module._forward_hooks]
+        for number in numbers:
+            hook: Any = module._forward_hooks[number]
+            if number not in module._forward_hooks_with_kwargs:  # what is wrapped takes keyword arguments
+                module._forward_hooks_with_kwargs[number] = True
+                hook = _without_kwargs(hook)
+            module._forward_hooks[number] = torch.compiler.disable(wrap(hook))
+        return bool(numbers)
 
     def take_off_leavings(self) -> None:
-        """Take off what presses leave behind when all goes well."""
-        for module, forward in self.forwards.items():
-            if forward is None:
-                vars(module).pop("forward", None)
+        """Take off what presses leave when all goes well: a ``forward`` that was the class's, a lent ``rotary_emb``."""
+        for module, attributes in self.attributes.items():
+            if "forward" in attributes:
+                module.forward = attributes["forward"]
             else:
-                module.forward = forward
+                vars(module).pop("forward", None)
         for module in self.without_rotary_emb:
             if hasattr(module, "rotary_emb"):
                 del module.rotary_emb
 
     def take_off(self) -> None:
-        """Take off everything, after an exception."""
+        """Take off everything, after an exception that kept the press from it."""
         self.model.config._attn_implementation = self.attn_implementation
         if not self.is_ready:
             self.note_hooks()
         for hooks, number in self.new_hooks:
             hooks.pop(number, None)
         for module in self.model.modules():
-            for name in set(vars(module)).difference(self.names.get(module, vars(module))):
+            for name in set(vars(module)).difference(self.attributes.get(module, vars(module))):
                 if callable(vars(module)[name]):  # a forward that the press kept, to put it back
                     del vars(module)[name]
         self.take_off_leavings()
@@ -117,3 +100,7 @@ class EnteredModel:
             for name, hooks in vars(module).items():
                 if "_hooks" in name and isinstance(hooks, dict):
                     yield from ((hooks, number) for number in hooks)
+
+
+def _without_kwargs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda module, args, kwargs, output: hook(module, args, output)

@@ -26,28 +26,12 @@ class Padding:
 
     def find(self, attention_mask: Any, bsz: int, k_len: int, window: int | None = None) -> torch.Tensor | None:
         """
-        The positions that what comes after the context must not see.
+        The positions that what comes after the context must not see, bool, shape ``(bsz, k_len)``; None if none is.
 
-        Parameters
-        ----------
-        attention_mask : torch.Tensor or None
-            As the layer is given it: of shape ``(bsz, k_len)``, where 0 is padding; or of shape ``(bsz or 1,
-            num_heads or 1, q_len, k_len)``, bool (True is seen) or added to the logits, of which the last token's row
-            tells.
-        bsz, k_len : int
-            Batch rows and positions.
-        window : int, optional
-            How far back the layer's tokens see. What lies further back than that is no padding for it.
-
-        Returns
-        -------
-        torch.Tensor or None
-            bool, shape ``(bsz, k_len)``; None if there is no padding.
-
-        Raises
-        ------
-        ValueError
-            For a batch with a mask of another kind, which does not tell.
+        The mask is as the layer is given it: of shape ``(bsz, k_len)``, where 0 is padding; or of shape ``(bsz or 1,
+        num_heads or 1, q_len, k_len)``, bool (True is seen) or added to the logits, of which the last token's row
+        tells. One of another kind does not tell: a ValueError for a batch. The layer's tokens see ``window`` tokens
+        back; what lies further back than that is no padding for it.
         """
         if attention_mask is None:
             return None
@@ -63,21 +47,9 @@ class Padding:
         return self._is_padding[attention_mask]
 
     def tokens(self, is_padding: torch.Tensor) -> list[torch.Tensor]:
-        """
-        The positions that are no padding.
-
-        Parameters
-        ----------
-        is_padding : torch.Tensor
-            What :meth:`find` gave.
-
-        Returns
-        -------
-        list of torch.Tensor
-            Of each row, int64, ascending; all positions of a row that has nothing but padding.
-        """
+        """Of each row of what :meth:`find` gave, the positions that are no padding, int64, ascending."""
         if is_padding not in self._tokens:
-            # A row with nothing to match: any position will do.
+            # Of a row that is nothing but padding any position will do: there is nothing to match.
             is_token = ~is_padding | is_padding.all(dim=1, keepdim=True)
             self._tokens[is_padding] = [row.nonzero().squeeze(1) for row in is_token]
         return self._tokens[is_padding]

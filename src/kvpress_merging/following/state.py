@@ -39,35 +39,23 @@ def is_same(masks: Masks | None, others: Masks | None) -> bool:
 
 @dataclass
 class LayerState:
-    """
-    What is remembered of one attention layer as long as it works on one cache, from prefill to prefill.
+    """What is remembered of one attention layer as long as it works on one cache, from prefill to prefill."""
 
-    Parameters
-    ----------
-    cache : weakref.ref, optional
-        The cache; None where a press handed keys and values on without saying whose they are.
-    context_length : int
-        Tokens that the cache stood for when it was first seen, before any eviction.
-    k_len : int
-        Positions in the cache after the last forward pass that was seen.
-    n_forgotten : int
-        Tokens that are in the cache no more, since the layer has a sliding window.
-    is_padding : torch.Tensor, optional
-        Tokens of the context that are padding, bool, shape ``(bsz, context_length)``; None if none is.
-    masked : torch.Tensor, optional
-        Positions that were ever masked, bool, shape ``(bsz, num_key_value_heads or 1, k_len at that time)``; None if
-        none was. Attention overwrites their keys, so they never take anything in. Padding is masked from the start.
-    stale_masks : tuple of torch.Tensor, optional
-        What ``module.masked_key_indices`` says of an earlier cache. kvpress's attention functions forget it when they
-        prefill, but not the model's own eager one.
-    """
-
+    # None where a press handed keys and values on without saying whose they are.
     cache: ref[Cache] | None
+    # Tokens that the cache stood for when it was first seen, before any eviction.
     context_length: int
+    # Positions in the cache after the last forward pass that was seen.
     k_len: int
+    # Tokens that are in the cache no more, since the layer has a sliding window.
     n_forgotten: int = 0
+    # Tokens of the context that are padding, bool, shape (bsz, context_length); None if none is.
     is_padding: torch.Tensor | None = None
+    # Positions that were ever masked, bool, shape (bsz, num_key_value_heads or 1, k_len at that time); None if none
+    # was. Attention overwrites their keys, so they never take anything in. Padding is masked from the start.
     masked: torch.Tensor | None = None
+    # What ``module.masked_key_indices`` says of an earlier cache. kvpress's attention functions forget it when they
+    # prefill, but not the model's own eager one.
     stale_masks: Masks | None = None
 
     def masks_on(self, module: nn.Module) -> Masks | None:
@@ -106,26 +94,23 @@ class LayerState:
         """
         What a press evicted now, and note what it masked.
 
-        Parameters
-        ----------
-        compressed : CompressedLayer
-            What it left of the layer.
-        k_len : int
-            Positions before it.
-        masks_before, masks_after : tuple of three torch.Tensor, or None
-            What was masked before, and what is masked since.
-        limit : int or None
-            Positions from here on are neither evicted nor survivors.
+        ``k_len`` positions were in the layer before; ``masks_before`` were masked then, ``masks_after`` are since.
+        Positions from ``limit`` on are neither evicted nor survivors.
         """
         bsz, num_key_value_heads, n_slots, _ = compressed.values.shape
         positions, keys_rewritten = compressed.positions, compressed.keys_rewritten
-        has_masks = masks_after is not None or self.masked is not None
-        if not has_masks and not compressed.has_foreign_rows and (limit is None or limit >= k_len):
-            assert positions is not None
-            return replace(Eviction.from_kept(positions, k_len), keys_rewritten=keys_rewritten)
-
         device = compressed.values.device
         shape = (bsz, num_key_value_heads, k_len)
+        is_first = self.masked is None and masks_before is None
+        if is_first and not compressed.has_foreign_rows and (limit is None or limit >= k_len):
+            # In fewer steps what comes out below too.
+            if masks_after is None:
+                assert positions is not None
+                return replace(Eviction.from_kept(positions, k_len), keys_rewritten=keys_rewritten)
+            if n_slots == k_len:
+                self.masked = masked_positions(masks_after, shape, device)
+                return replace(Eviction.from_masks(~self.masked, self.masked), keys_rewritten=keys_rewritten)
+
         masked_earlier = masked_positions(masks_before, shape, device)
         if self.masked is not None:
             n_known = min(self.masked.shape[-1], k_len)
@@ -140,18 +125,18 @@ class LayerState:
             slots = torch.arange(n_slots, device=device).expand_as(column)
             scratch = torch.zeros(bsz, num_key_value_heads, k_len + 1, dtype=torch.int64, device=device)
             slot_of = scratch.scatter(-1, column, slots)[..., :k_len]
-            is_kept = scratch.bool().scatter(-1, column, True)[..., :k_len]
-            masked_now = scratch.bool().scatter(-1, column, slots_masked)[..., :k_len]
-            self.masked = torch.cat([masked_earlier | masked_now, scratch[..., :1].bool()], dim=-1).gather(-1, column)
+            is_left = scratch.bool().scatter(-1, column, ~slots_masked)[..., :k_len]
+            earlier = torch.cat([masked_earlier, scratch[..., :1].bool()], dim=-1).gather(-1, column)
+            self.masked = earlier | slots_masked & (positions >= 0)
         else:
-            is_kept = torch.ones(shape, dtype=torch.bool, device=device)
-            masked_now = slots_masked[..., :k_len]
-            self.masked = masked_earlier | masked_now
+            is_left = ~slots_masked[..., :k_len]
+            self.masked = masked_earlier | ~is_left
 
         is_context = torch.arange(k_len, device=device) < (k_len if limit is None else limit)
-        is_survivor = is_kept & ~masked_now & ~masked_earlier & is_context
-        is_evicted = ~(is_kept & ~masked_now) & ~masked_earlier & is_context
-        return replace(Eviction.from_masks(is_survivor, is_evicted, slot_of), keys_rewritten=keys_rewritten)
+        was_seen = is_context & ~masked_earlier
+        return replace(
+            Eviction.from_masks(is_left & was_seen, ~is_left & was_seen, slot_of), keys_rewritten=keys_rewritten
+        )
 
 
 class Memory:
@@ -169,20 +154,11 @@ class Memory:
             return None
         return state if state.cache is None or state.cache() is cache else None
 
-    def start(self, module: nn.Module, kwargs: dict[str, Any], bsz: int, k_len: int | None = None) -> LayerState:
+    def start(self, module: nn.Module, kwargs: dict[str, Any], bsz: int, k_len: int | None = None) -> None:
         """
-        Remember a layer anew: it works on another cache, or is prefilled.
+        Remember a layer anew, at a forward pass with these arguments: it works on another cache, or is prefilled.
 
-        Parameters
-        ----------
-        module : nn.Module
-            The attention layer.
-        kwargs : dict
-            Keyword arguments of its forward pass.
-        bsz : int
-            Batch rows.
-        k_len : int, optional
-            Positions in the layer; by default those that the cache has.
+        ``k_len`` is the number of positions in the layer, by default those that the cache has.
         """
         cache = kwargs.get("past_key_values")
         state = LayerState(None if cache is None else ref(cache), k_len or 0, k_len or 0)
@@ -198,4 +174,3 @@ class Memory:
         if getattr(config, "_attn_implementation", "sdpa") not in ALL_ATTENTION_FUNCTIONS:
             state.stale_masks = masks_on(module)
         self.states[module] = state
-        return state

@@ -97,12 +97,10 @@ def trace(tensor: torch.Tensor) -> TracedTensor:
     """View a cache tensor as one that holds the positions ``0 .. k_len - 1`` in every head. Shares its memory."""
 
     def identity() -> torch.Tensor:
-        bsz, num_key_value_heads, k_len = tensor.shape[:3]
-        positions = torch.arange(k_len, device=tensor.device).view(1, 1, k_len, 1)
-        return positions.expand(bsz, num_key_value_heads, k_len, 1)
+        return torch.arange(tensor.shape[2], device=tensor.device)[:, None].expand(*tensor.shape[:3], 1)
 
-    traced = _traced(tensor, Origin(tensor), identity)
-    traced._is_whole = True
+    traced = tensor.as_subclass(TracedTensor)
+    traced._origin, traced._rows, traced._is_whole = Origin(tensor), identity, True
     return traced
 
 
@@ -122,10 +120,7 @@ def is_traced(tensor: torch.Tensor) -> TypeGuard[TracedTensor]:
 
 
 def positions_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """
-    The positions that ``tensor`` holds, int64, shape ``tensor.shape[:-1]``, with ``FOREIGN`` for rows that did not come
-    from the traced cache; None where they are not known.
-    """
+    """The positions that ``tensor`` holds, int64, shape ``tensor.shape[:-1]``, or ``FOREIGN``; None if not known."""
     if not is_traced(tensor):
         return None
     with torch._C.DisableTorchFunctionSubclass():
@@ -135,12 +130,6 @@ def positions_of(tensor: torch.Tensor) -> torch.Tensor | None:
 def has_foreign_rows(tensor: torch.Tensor) -> bool:
     """Whether ``tensor`` may hold rows that did not come from the traced cache."""
     return isinstance(tensor, TracedTensor) and tensor._has_foreign_rows
-
-
-def _traced(tensor: torch.Tensor, origin: Origin, rows: Callable[[], torch.Tensor]) -> TracedTensor:
-    out = tensor.as_subclass(TracedTensor)
-    out._origin, out._rows = origin, rows
-    return out
 
 
 def _writes_in_place(name: str) -> bool:
@@ -182,9 +171,8 @@ def _follow(name: str, func: Function, args: Args, kwargs: Kwargs, out: Any) -> 
         if out.shape[-1:] != source.shape[-1:]:
             return _to_plain(out)
         shape = (*out.shape[:-1], 1)
-        if name in _EXPANDING:
-            return _child(source, out, lambda: parent().expand(shape))
-        return _child(source, out, lambda: parent().reshape(shape))
+        reshape = torch.Tensor.expand if name in _EXPANDING else torch.Tensor.reshape
+        return _child(source, out, lambda: reshape(parent(), shape))
     if name in _BY_DIM:
         return _follow_by_dim(func, source, args[1:], kwargs, out)
     if name == "__getitem__":
@@ -285,14 +273,12 @@ def _follow_join(func: Function, args: Args, kwargs: Kwargs, out: torch.Tensor) 
 
 
 def _child(source: TracedTensor, out: torch.Tensor, rows: Callable[[], torch.Tensor]) -> TracedTensor:
-    child = _traced(out, source._origin, rows)
-    child._has_foreign_rows = source._has_foreign_rows
+    child = out.as_subclass(TracedTensor)
+    child._origin, child._rows, child._has_foreign_rows = source._origin, rows, source._has_foreign_rows
     return child
 
 
 def _to_plain(out: Any) -> Any:
-    if isinstance(out, TracedTensor):
-        return plain(out)
     if isinstance(out, (tuple, list)) and any(isinstance(item, TracedTensor) for item in out):
-        return type(out)(plain(item) if isinstance(item, TracedTensor) else item for item in out)
-    return out
+        return type(out)(map(plain, out))
+    return plain(out)

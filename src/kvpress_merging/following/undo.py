@@ -15,48 +15,50 @@ from kvpress_merging.following.cache import OpenLayer
 
 class Snapshot:
     """
-    The attributes of some objects and the content of some cache layers.
+    The attributes of presses, modules or other objects, and the content of cache layers that are not open yet.
 
-    Parameters
-    ----------
-    *objects : object
-        Presses, modules of a model or whatever else has attributes. The items of lists and dicts among these are kept
-        too, and which of a module's parameters require a gradient.
-    layers : iterable of OpenLayer
-        Cache layers, not open yet: what a press writes into their tensors is undone too.
+    The items of lists and dicts among the attributes are kept too, and which of a module's parameters require a
+    gradient. What a press writes into the tensors of the layers is undone too.
     """
 
     def __init__(self, *objects: Any, layers: Iterable[OpenLayer] = ()):
         self.layers = list(layers)
-        kept = [*objects, *(part for layer in self.layers for part in layer.parts)]
-        self.attributes = [
-            (item, {name: (value, _items_of(value)) for name, value in vars(item).items()}) for item in kept
+        kept = [*objects, *(part for layer in self.layers for part in (layer.cache, layer.layer))]
+        self.attributes = [(item, dict(vars(item))) for item in kept]
+        self.items: list[tuple[Any, Any]] = [
+            (value, copy(value))
+            for _, attributes in self.attributes
+            for value in attributes.values()
+            if isinstance(value, (list, dict))
         ]
         self.requires_grad = [
             (parameter, parameter.requires_grad)
             for module in objects
             if isinstance(module, nn.Module)
-            for parameter in module._parameters.values()
-            if parameter is not None
+            for parameter in module.parameters(recurse=False)
         ]
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
+        """Put everything back if something failed."""
+        if kind is not None:
+            self.restore()
 
     def restore(self) -> None:
         """Put everything back."""
         for layer in self.layers:
             layer.undo_writes()
+        for value, items in self.items:
+            if isinstance(value, list):
+                value[:] = items
+            else:
+                _refill(value, items)
         for item, attributes in self.attributes:
-            for value, items in attributes.values():
-                if isinstance(value, list):
-                    value[:] = items
-                elif isinstance(value, dict):
-                    _refill(value, items)
-            _refill(vars(item), {name: value for name, (value, _) in attributes.items()})
+            _refill(vars(item), attributes)
         for parameter, requires_grad in self.requires_grad:
             parameter.requires_grad_(requires_grad)
-
-
-def _items_of(value: Any) -> Any:
-    return copy(value) if isinstance(value, (list, dict)) else None
 
 
 def _refill(changed: dict[Any, Any], items: dict[Any, Any]) -> None:

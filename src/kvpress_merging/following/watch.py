@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -16,18 +17,10 @@ from kvpress import BasePress
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from kvpress_merging.checks import cannot_be_followed, evicted_elsewhere, not_followed, refuse_what_the_press_gets_wrong
-from kvpress_merging.following.cache import OpenLayer, OpenTensors, is_followed, layer_length, open_layer, tokens_seen
-from kvpress_merging.following.model import (
-    EnteredModel,
-    attention_modules,
-    decoder_layers,
-    layer_index,
-    only_looking,
-    uncompiled,
-    wrap_hook,
-)
-from kvpress_merging.following.state import LayerState, Masks, Memory, is_same, masks_on
+from kvpress_merging.checks import not_followed, refuse_what_the_press_gets_wrong
+from kvpress_merging.following.cache import OpenLayer, is_followed, layer_length, open_layer, tokens_seen
+from kvpress_merging.following.model import EnteredModel, attention_modules, decoder_layers, layer_index, only_looking
+from kvpress_merging.following.state import Masks, Memory, is_same, masks_on
 from kvpress_merging.following.undo import Snapshot
 from kvpress_merging.wrapping import nested_presses
 
@@ -36,22 +29,12 @@ Tensors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class Watch:
-    """
-    Follows what a press does to each layer of a model.
-
-    Parameters
-    ----------
-    press : BasePress
-        The press.
-    memory : Memory
-        What is remembered of the layers.
-    start, observe, merge : callable
-        What is done where a layer starts anew, with its index; at each forward pass, as
-        :meth:`kvpress_merging.MergeOnEvictPress.observe`; and with each eviction, as its ``fold``.
-    """
+    """Follows what a press does to each layer of a model."""
 
     press: BasePress
     memory: Memory
+    # What is done where a layer starts anew, with its index; at each forward pass, as ``MergeOnEvictPress.observe``;
+    # and with each eviction, as its ``fold``.
     start: Callable[[int], None]
     observe: Callable[[nn.Module, dict[str, Any], bool], None]
     merge: Callable[..., Tensors]
@@ -94,15 +77,15 @@ class Watch:
                 raise
 
     def _put_hooks(self, model: PreTrainedModel, entered: EnteredModel) -> list[Any]:
+        uncompiled: Callable[..., Any] = torch.compiler.disable  # a compiled model leaves its graph for such a hook
         modules = attention_modules(model)
         handles = []
         for module in modules:
-            for number in entered.hooks_of_press(module):
-                wrap_hook(module, number, self.follow_hook)
+            if entered.wrap_hooks(module, self.follow_hook):
                 self.hooked.add(module)
             handles.append(module.register_forward_pre_hook(uncompiled(self._check_cut), with_kwargs=True))
             # Runs before the press's hook, which may shrink the layer or fail.
-            handles.append(module.register_forward_hook(uncompiled(self._look_hook), with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(uncompiled(self.look), with_kwargs=True, prepend=True))
         for layer, module in zip(decoder_layers(model), modules):
             settle = only_looking(lambda layer, args, output, module=module: self._settle(module))
             handles.append(layer.register_forward_hook(settle, prepend=True))
@@ -114,10 +97,9 @@ class Watch:
     def _leave(self, model: PreTrainedModel, inner: ExitStack) -> None:
         """Leave the press's context, in which it may evict, and merge what it evicted then."""
         modules = {module: open_layer(cache, layer_index(module)) for module, cache in self.seen.items()}
-        snapshot = Snapshot(*model.modules(), *map(self.memory.states.get, modules), layers=modules.values())
-        masks_before = {module: masks_on(module) for module in modules}
+        masks_before = {module: self.memory.states[module].masks_on(module) for module in modules}
         handles = []
-        try:
+        with Snapshot(*model.modules(), *map(self.memory.states.get, modules), layers=modules.values()):
             for module, layer in modules.items():
                 layer.open()
                 # The press may run the model to score: that is none of our business. From then on it works on plain
@@ -137,17 +119,11 @@ class Watch:
                     if layer.lengths()[0] < min(limit, state.k_len):
                         raise not_followed(self.press)
                 self._merge(module, layer, masks_before[module], None, {}, limit)
-        except BaseException:
-            snapshot.restore()
-            raise
 
     # Each forward pass of a layer.
 
-    def _look_hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        self.look(module, kwargs)
-
-    def look(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Note a forward pass of ``module``, after its attention and before the press."""
+    def look(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Note a forward pass of ``module``, after its attention and before the press: a forward hook."""
         cache = kwargs.get("past_key_values")
         if cache is None or not self._is_followed(module, cache):
             return
@@ -159,19 +135,16 @@ class Watch:
         if is_prefill:
             refuse_what_the_press_gets_wrong(self.press, cache, bsz)
         if is_new:
-            self._start(module, kwargs, bsz)
+            self.memory.start(module, kwargs, bsz)
         else:
             state.look_at(layer)  # type: ignore[union-attr]
         self.seen[module] = cache
         if module in self.ran:
             self.ran.clear()  # by another pass
         if module in self.hooked or not self.hooked:
+            if is_new:
+                self.start(layer_index(module))
             self.observe(module, kwargs, is_new)
-
-    def _start(self, module: nn.Module, kwargs: dict[str, Any], bsz: int, k_len: int | None = None) -> None:
-        self.memory.start(module, kwargs, bsz, k_len)
-        if module in self.hooked or not self.hooked:
-            self.start(layer_index(module))
 
     def follow_hook(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """The press's forward hook, followed in what it does to its layer."""
@@ -180,14 +153,9 @@ class Watch:
             cache = kwargs.get("past_key_values")
             if cache is None or not self._is_followed(module, cache):
                 return hook(module, args, kwargs, output)
-            result = output
-
-            def work() -> None:
-                nonlocal result
-                result = hook(module, args, kwargs, output)
-
             layer = open_layer(cache, layer_index(module))
-            self._follow(work, module, layer, kwargs.get("hidden_states"), kwargs)
+            with self._following(module, layer, kwargs.get("hidden_states"), kwargs):
+                result = hook(module, args, kwargs, output)
             self.memory.states[module].look_at(cache.layers[layer_index(module)])
             return result
 
@@ -205,46 +173,43 @@ class Watch:
         """Follow the press's ``compress``, called by hand."""
         is_prefill = hidden_states.shape[1] == keys.shape[2]
         if is_prefill or self.memory.state_of(module, kwargs.get("past_key_values")) is None:
-            self._start(module, kwargs, hidden_states.shape[0], keys.shape[2])
+            self.memory.start(module, kwargs, hidden_states.shape[0], keys.shape[2])
+            self.start(layer_index(module))
         # All that is known of the layer is what came along.
         self.observe(module, {**kwargs, "hidden_states": hidden_states}, True)
-        layer = OpenTensors(keys, values)
-
-        def work() -> None:
-            layer.result = self.press.compress(
-                module, hidden_states, layer.traced_keys, layer.traced_values, attentions, kwargs
+        held = SimpleNamespace(keys=keys, values=values)
+        layer = OpenLayer(SimpleNamespace(layers=[held]), 0)
+        with self._following(module, layer, hidden_states, kwargs):
+            held.keys, held.values = self.press.compress(
+                module, hidden_states, held.keys, held.values, attentions, kwargs
             )
-
-        self._follow(work, module, layer, hidden_states, kwargs)
-        return layer.result
+        return held.keys, held.values
 
     def _is_followed(self, module: nn.Module, cache: Cache) -> bool:
         if is_followed(cache.layers[layer_index(module)]):
             return True
         if module in self.hooked and not self.memory.has_warned:
             self.memory.has_warned = True
-            others = {i: type(layer).__name__ for i, layer in enumerate(cache.layers) if not is_followed(layer)}
-            warnings.warn(cannot_be_followed(self.press, others), RuntimeWarning, stacklevel=2)
+            others = [f"{i} ({type(layer).__name__})" for i, layer in enumerate(cache.layers) if not is_followed(layer)]
+            warnings.warn(
+                f"what {type(self.press).__name__} evicts from these cache layers is not merged, since they keep no "
+                f"keys and values that can be followed: {', '.join(others)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return False
 
-    def _follow(
-        self,
-        work: Callable[[], None],
-        module: nn.Module,
-        layer: OpenLayer,
-        hidden_states: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> None:
+    @contextmanager
+    def _following(
+        self, module: nn.Module, layer: OpenLayer, hidden_states: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> Generator[None, None, None]:
         """Let the press work on an open layer and merge, or put everything back."""
-        masks_before = masks_on(module)
-        snapshot = Snapshot(module, self.memory.states[module], *nested_presses(self.press), layers=[layer])
-        try:
+        state = self.memory.states[module]
+        masks_before = state.masks_on(module)
+        with Snapshot(module, state, *nested_presses(self.press), layers=[layer]):
             layer.open()
-            work()
+            yield
             self._merge(module, layer, masks_before, hidden_states, kwargs, limit=None)
-        except BaseException:
-            snapshot.restore()
-            raise
 
     def _merge(
         self,
@@ -256,8 +221,7 @@ class Watch:
         limit: int | None,
     ) -> None:
         """Commit what the press left, with the survivors of a new eviction merged into."""
-        state: LayerState = self.memory.states[module]
-        masks_before = None if is_same(masks_before, state.stale_masks) else masks_before
+        state = self.memory.states[module]
         masks_after = state.masks_on(module)
         k_len, n_slots = layer.lengths()
         is_newly_masked = masks_after is not None and not is_same(masks_after, masks_before)
@@ -287,7 +251,12 @@ class Watch:
         """Refuse an eviction from a layer that was made elsewhere than in the layer's own hook."""
         for module, (k_len, masks) in self.ran.items():
             if self._length(module) < k_len or not is_same(masks_on(module), masks):
-                raise evicted_elsewhere(self.press, layer_index(module))
+                raise ValueError(
+                    f"{type(self.press).__name__} evicted from layer {layer_index(module)} in a hook of another "
+                    "module, where it does not show what was evicted, so nothing of it was merged: let it evict in a "
+                    "forward hook of the layer's own attention, in compress, or when its context exits, or use it "
+                    "without merging"
+                )
 
     def _settle(self, module: nn.Module) -> None:
         """Note a layer as all hooks on its attention have left it, those of presses around this one too."""
