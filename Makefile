@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-long test-lowest test-latest coverage mutation style docs bench package-check clean
+.PHONY: help venv demo test test-long test-lowest test-latest coverage mutation style docs bench test-gpu bench-gpu package-check clean
 
 # The seed of the cases that `make test-long` draws.
 SEED ?= 0
@@ -102,6 +102,12 @@ package-check:  ## build sdist and wheel, install each in a fresh environment, a
 
 bench: $(STAMP)  ## time our kernels against kvpress's own: some minutes, and 9 GB of memory
 	@$(BIN)/python -m evaluation speed
+
+test-gpu: $(STAMP)  ## run the kernels' and presses' tests where there is a GPU: on it too, and see that nothing waits for it
+	@$(RUN_TESTS) $(BIN)/python -m pytest tests/kernels tests/test_operations.py
+
+bench-gpu: $(STAMP)  ## time merging, matching, kvpress's own and attention on a GPU, and whole prefills of the built-in model
+	@$(BIN)/python -m evaluation speed --devices cuda --k_len 4096 16384 65536 131072 --prefill 1024 4096
 
 clean:  ## remove .venv, api/ and caches; results/ stays
 	rm -rf $(VENV) .venv-lowest .venv-latest .coverage build dist api mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis

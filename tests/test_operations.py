@@ -10,9 +10,9 @@ from evaluation.speed.operations import operations_per_layer
 
 MAX_OPERATIONS = {
     ("merging", "even"): 40,
-    ("merging", "ragged"): 70,
+    ("merging", "ragged"): 60,
     ("matching", "even"): 98,
-    ("matching", "ragged"): 136,
+    ("matching", "ragged"): 120,
 }
 
 

@@ -18,7 +18,8 @@ ratio and dtype, on the CPU and on a GPU if there is one:
 
 Times are taken in rounds that run every subject once, and ratios are medians over rounds, so that a busy machine hurts
 all alike. Extra memory is the growth of the peak during one call: of a fresh process on a CPU (Linux; elsewhere it is
-left out), of PyTorch's allocator on a GPU. --prefill times whole prefills as well. Writes speed.json and speed.png.
+left out), of PyTorch's allocator on a GPU. --prefill times whole prefills as well. Beside the times stand the
+operations that a press asks of the device for each layer, which no noise touches. Writes speed.json and speed.png.
 """
 
 # ruff: noqa: RUF009
@@ -41,6 +42,7 @@ from rich.console import Console
 from evaluation.cli import fail, parse_config
 from evaluation.files import write_folder
 from evaluation.models import BUILT_IN_MODEL, ModelUnavailableError, load_model
+from evaluation.speed.operations import operations_table
 from evaluation.speed.prefill import measure_prefill
 from evaluation.speed.show import plot, show
 from evaluation.speed.subjects import DTYPES, SUBJECTS, Cell, measure_extra_bytes, measure_seconds
@@ -124,7 +126,7 @@ def measure(arguments: SpeedArguments) -> dict[str, Any]:
             rows.append({**asdict(cell), "subject": "all", "note": NO_GPU})
         else:
             rows += measure_cell(cell, arguments)
-    figures = {"layers": rows, "growth": growth(rows), "prefills": prefills}
+    figures = {"layers": rows, "growth": growth(rows), "prefills": prefills, "operations": operations_table()}
     return {"arguments": asdict(arguments), "machine": machine, **figures}
 
 

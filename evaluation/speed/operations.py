@@ -9,6 +9,7 @@ the same prefill with the bare press.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -122,6 +123,7 @@ def operations_per_layer(
     return sum(by_line.values()), by_line
 
 
+@functools.cache
 def operations_table(k_len: int = 1024) -> list[dict[str, Any]]:
     """A row for each press, kind of eviction, number of heads and batch size, with ``operations`` per layer."""
     return [

@@ -53,6 +53,12 @@ def show(figures: dict[str, Any], console: Console) -> None:
         f"Medians of {arguments['repeats']}; {machine['threads']} CPU threads; GPU: {machine['gpu'] or 'none'}; "
         f"torch {machine['torch']}; load average before: {machine['load_before']:.1f}."
     )
+    operations = Table(title="Operations for each layer over the bare press, 1,024 tokens", box=box.HORIZONTALS)
+    for heading in ("press", "eviction", "KV heads", "batch rows", "operations"):
+        operations.add_column(heading, justify="right" if heading[0] in "Kbo" else "left")
+    for row in figures["operations"]:
+        operations.add_row(*(f"{value:.0f}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(operations)
     if figures["prefills"]:
         prefills = Table(title=f"Whole prefills of {arguments['model']}: KnormPress, bare and with ours around it")
         for heading in ("tokens", "ratio", "device", "no press", "bare", "merged", "over bare", "matched", "over bare"):
