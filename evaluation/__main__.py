@@ -11,25 +11,20 @@ from collections.abc import Sequence
 from evaluation.cli import closest, fail
 
 COMMANDS = {
-    "demo": "compare full cache, eviction, merging and re-fitting on a real text, in a few minutes on a laptop",
+    "demo": "compare full cache, eviction, merging and matching on a real text, in a few minutes on a laptop",
     "run": "measure one press on one dataset, with kvpress's flags, into config.yaml, predictions.csv and metrics.json",
     "sweep": "measure a grid of presses, ratios, datasets and seeds from one YAML file, here or on a Ray cluster",
     "compare": "compare two runs, or two folders of runs, on the same samples",
     "report": "compare all runs of a folder, merged against bare, as tables, plots and one HTML page",
     "speed": "time the merge against kvpress's own and against the matrix product alone, in pairs",
 }
-"""Sub-command to what it does. Each is a module of this package with a ``main(argv)``."""
+"""Sub-command to what it does. Each is a module or package of that name with a ``main(argv)``, but for ``_MODULES``."""
+
+_MODULES = {"compare": "report.compare", "report": "report.write"}
 
 
 def main(argv: Sequence[str]) -> None:
-    """
-    Hand the arguments to the sub-command that the first one names.
-
-    Parameters
-    ----------
-    argv : Sequence[str]
-        The arguments, without the program's name.
-    """
+    """Hand the arguments, without the program's name, to the sub-command that the first one names."""
     command, *rest = argv or ["--help"]
     if command in ("-h", "--help"):
         width = max(map(len, COMMANDS))
@@ -38,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if command not in COMMANDS:
         fail(f"python -m evaluation: unknown command {command!r}{closest(command, COMMANDS)}")
-    importlib.import_module(f"evaluation.{command}").main(rest)
+    importlib.import_module(f"evaluation.{_MODULES.get(command, command)}").main(rest)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
@@ -32,24 +34,23 @@ class Parser(argparse.ArgumentParser):
 class _ConfigParser(Parser, HfArgumentParser):
     """The same, with flags from a dataclass."""
 
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        """Of a field's metadata, argparse knows what to do with the help alone."""
+        field = copy.copy(field)
+        options = {"help": field.metadata["help"]} if "help" in field.metadata else {}
+        if field.type == bool | None:
+            options |= {"nargs": "?", "const": True}
+        field.metadata = options  # type: ignore[assignment]
+        HfArgumentParser._parse_dataclass_field(parser, field)
+
 
 def parse_config(config_class: type[Config], argv: Sequence[str], *, prog: str, description: str) -> Config:
     """
     Read a dataclass's fields from command-line flags of the same names.
 
-    Parameters
-    ----------
-    config_class : type
-        A dataclass. Its ``__post_init__`` may raise ``ValueError`` for values that make no sense.
-    argv : Sequence[str]
-        The arguments, without the program's name.
-    prog, description : str
-        What ``--help`` says.
-
-    Returns
-    -------
-    Config
-        An instance. A mistake ends the process with one line on stderr and exit status 2.
+    A mistake ends the process with one line on stderr and exit status 2: a ``ValueError`` that ``config_class`` raises
+    for values that make no sense is one too.
     """
     parser = _ConfigParser(config_class, prog=prog, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     namespace = parser.parse_args(list(argv))

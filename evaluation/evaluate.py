@@ -6,21 +6,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from kvpress import (
-    BasePress,
-    DecodingPress,
-    FinchPress,
-    KVPressTextGenerationPipeline,
-)
+from kvpress import BasePress, DecodingPress, FinchPress, KVPressTextGenerationPipeline
 from tqdm import tqdm
 from transformers import FineGrainedFP8Config, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -29,6 +25,7 @@ from evaluation.config import EvaluationConfig
 from evaluation.evaluate_registry import DATASET_REGISTRY, SCORER_REGISTRY
 from evaluation.models import load_model
 from evaluation.presses import choose_attention, configure_press, given_model_kwargs
+from evaluation.report.statistics import means_with_intervals
 from evaluation.results import write_results
 
 logger = logging.getLogger(__name__)
@@ -64,16 +61,7 @@ def run(
     config: EvaluationConfig, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Path:
     """
-    Measure what a configuration says, and write the results.
-
-    Parameters
-    ----------
-    config : EvaluationConfig
-        What to measure.
-    model : PreTrainedModel, optional
-        The model, if it is loaded already; it is left as it was.
-    tokenizer : PreTrainedTokenizerBase, optional
-        The tokenizer that goes with it.
+    Measure what a configuration says, with a model that is loaded already or not, and write the results.
 
     Returns
     -------
@@ -112,15 +100,25 @@ def prepare(
         raise ValueError("model and tokenizer go together: give both or none")
     if model is None or tokenizer is None:
         model, tokenizer = load(config)
-    _set_seed(config.seed)
-    samples = DATASET_REGISTRY[config.dataset](config, tokenizer)
+    set_seed(config.seed)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    samples = load_samples(config, tokenizer)
+    logger.info("%d samples of %s, with %s", len(samples), config.dataset, press or "the full cache")
+    return Evaluation(config, press, model, tokenizer, samples)
+
+
+def load_samples(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    """The samples that a configuration asks for, numbered in the column ``sample``; see ``prepare`` for errors."""
+    loader = DATASET_REGISTRY[config.dataset]
+    names = list(inspect.signature(loader).parameters)[1:]
+    samples = loader(tokenizer, **{name: getattr(config, name) for name in names})
     samples.insert(0, "sample", range(len(samples)))
     if config.fraction < 1.0:
         samples = samples.sample(frac=config.fraction, random_state=config.seed)
     if samples.empty:
         raise ValueError(f"there are no samples: --fraction {config.fraction} of too few, or an empty dataset")
-    logger.info("%d samples of %s, with %s", len(samples), config.dataset, press or "the full cache")
-    return Evaluation(config, press, model, tokenizer, samples)
+    return samples
 
 
 def load(config: EvaluationConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -152,14 +150,14 @@ def measure(evaluation: Evaluation) -> tuple[pd.DataFrame, dict[str, Any]]:
     Returns
     -------
     tuple[pd.DataFrame, dict]
-        One row for each sample, with the columns of the samples, ``predicted_answer``, ``compression_ratio`` (what the
-        press reached), ``seconds`` and a column for each metric; and the metrics, ``{task: {name: value}}``.
+        One row for each sample, with the columns of the samples, what was measured, ``compression_ratio`` (what the
+        press reached), seconds and a column for each metric; and the metrics, ``{task: {name: value}}``.
     """
     config, press = evaluation.config, evaluation.press
     with _attention(choose_attention(config, press, evaluation.model), evaluation.model):
         if config.dataset == "fidelity":
             predictions = fidelity.measure_windows(evaluation.model, press, evaluation.samples, quiet=config.quiet)
-            return predictions, fidelity.means_with_intervals(fidelity.score(predictions), config.seed)
+            return predictions, {fidelity.TASK: means_with_intervals(fidelity.score(predictions), config.seed)}
         predictions = answer(evaluation)
     scores = SCORER_REGISTRY[config.dataset](predictions)
     means = scores.groupby(predictions["task"]).mean().round(2)
@@ -176,8 +174,7 @@ def answer(evaluation: Evaluation) -> pd.DataFrame:
     Returns
     -------
     pd.DataFrame
-        The samples without their contexts, with ``predicted_answer``, ``compression_ratio`` and ``seconds``, the
-        wall-clock time of the prefill and all answers, shared out evenly.
+        The samples without their contexts, with what ``answer_about`` gives.
     """
     config, press, samples = evaluation.config, evaluation.press, evaluation.samples.copy()
     with _delimiter_for(press, evaluation.model, evaluation.tokenizer) as (tokenizer, delimiter):
@@ -193,30 +190,50 @@ def answer(evaluation: Evaluation) -> pd.DataFrame:
         answers = []
         with tqdm(total=len(samples), desc=config.dataset, unit="sample", disable=config.quiet, leave=None) as progress:
             for _, group in samples.groupby(by, sort=False, dropna=False):
-                first = group.iloc[0]
-                started = time.perf_counter()
-                output = generate(
-                    first["context"],
-                    questions=group["question"].to_list(),
-                    answer_prefix=first["answer_prefix"],
-                    press=press,
-                    max_new_tokens=config.max_new_tokens or int(first["max_new_tokens"]),
-                    max_context_length=config.max_context_length,
-                )
-                seconds = (time.perf_counter() - started) / len(group)
-                ratio = 0.0 if press is None else getattr(press, "compression_ratio", float("nan"))
-                row = {"predicted_answer": output["answers"], "compression_ratio": ratio, "seconds": seconds}
-                answers.append(pd.DataFrame(row, index=group.index))
+                answers.append(answer_about(group, press, generate, config))
                 progress.update(len(group))
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
     return samples.drop(columns="context").join(pd.concat(answers))
 
 
-def _set_seed(seed: int) -> None:
-    set_seed(seed)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
+def answer_about(
+    questions: pd.DataFrame, press: BasePress | None, generate: Callable[..., Any], config: EvaluationConfig
+) -> pd.DataFrame:
+    """
+    Have the model answer questions about one context, over one prefill with one press.
+
+    Parameters
+    ----------
+    questions : pd.DataFrame
+        Samples that share their context, answer prefix and length of an answer.
+    press : BasePress or None
+        None for the full cache.
+    generate : KVPressTextGenerationPipeline
+        Holds the model and its tokenizer.
+    config : EvaluationConfig
+        May set the lengths of answers and contexts.
+
+    Returns
+    -------
+    pd.DataFrame
+        For each question ``predicted_answer``, ``compression_ratio`` and ``seconds``, the wall-clock time of the
+        prefill and all answers, shared out evenly.
+    """
+    first = questions.iloc[0]
+    started = time.perf_counter()
+    output = generate(
+        first["context"],
+        questions=questions["question"].to_list(),
+        answer_prefix=first["answer_prefix"],
+        press=press,
+        max_new_tokens=config.max_new_tokens or int(first["max_new_tokens"]),
+        max_context_length=config.max_context_length,
+    )
+    seconds = (time.perf_counter() - started) / len(questions)
+    ratio = 0.0 if press is None else getattr(press, "compression_ratio", float("nan"))
+    row = {"predicted_answer": output["answers"], "compression_ratio": ratio, "seconds": seconds}
+    return pd.DataFrame(row, index=questions.index)
 
 
 @contextlib.contextmanager
@@ -242,11 +259,8 @@ def _delimiter_for(
     if not isinstance(press, FinchPress):
         yield tokenizer, ""
         return
-    embeddings, head, text_config = (
-        model.get_input_embeddings(),
-        model.get_output_embeddings(),
-        model.config.get_text_config(),
-    )
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    text_config = model.config.get_text_config()
     weights = (embeddings.weight.data, embeddings.num_embeddings, embeddings.padding_idx)
     n_outputs, vocab_size = head.out_features, text_config.vocab_size
     tokenizer = copy.deepcopy(tokenizer)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import pandas as pd
 from kvpress import (
@@ -23,50 +22,24 @@ from kvpress import (
     ThinKPress,
     TOVAPress,
 )
-from transformers import PreTrainedTokenizerBase
 
-from evaluation.benchmarks import fidelity, longbench, needle_in_haystack, ruler
-from evaluation.benchmarks.hub import load_hub_dataset
-from evaluation.benchmarks.ruler_synthetic import load_ruler_synthetic
+from evaluation.benchmarks import fidelity, longbench, needle_in_haystack, ruler, ruler_synthetic
+from evaluation.cli import closest
+from evaluation.config import NO_PRESS, EvaluationConfig
 from kvpress_merging import PRESS_REGISTRY as MERGING_PRESSES
 from kvpress_merging.registry import PREFILL_PRESSES, PressRegistry
 
-if TYPE_CHECKING:
-    from evaluation.config import EvaluationConfig
-
-NO_PRESS = "no_press"
-"""The press name that means the full cache."""
-
-
-def _load_ruler(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    samples = load_hub_dataset("ruler", config.data_dir, ruler.COLUMNS, quiet=config.quiet)
-    if config.tasks is None:
-        return samples
-    if missing := set(config.tasks) - set(samples["task"]):
-        known = ", ".join(sorted(set(samples["task"])))
-        raise ValueError(f"--tasks: the dataset has no {', '.join(sorted(missing))}, only {known}")
-    return samples[samples["task"].isin(config.tasks)].reset_index(drop=True)
-
-
-def _load_longbench(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    return load_hub_dataset("longbench", config.data_dir, longbench.COLUMNS, quiet=config.quiet)
-
-
-def _load_needle_in_haystack(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    assert config.max_context_length is not None  # the configuration makes sure
-    assert isinstance(config.needle_depth, list)
-    essays = load_hub_dataset("needle_in_haystack", config.data_dir, needle_in_haystack.COLUMNS, quiet=config.quiet)
-    return needle_in_haystack.hide_needle(essays, tokenizer, config.max_context_length, config.needle_depth)
-
-
-DATASET_REGISTRY: dict[str, Callable[[EvaluationConfig, PreTrainedTokenizerBase], pd.DataFrame]] = {
-    "ruler-synthetic": load_ruler_synthetic,
+DATASET_REGISTRY: dict[str, Callable[..., pd.DataFrame]] = {
+    "ruler-synthetic": ruler_synthetic.load_ruler_synthetic,
     "fidelity": fidelity.load_windows,
-    "ruler": _load_ruler,
-    "longbench": _load_longbench,
-    "needle_in_haystack": _load_needle_in_haystack,
+    "ruler": ruler.load_ruler,
+    "longbench": longbench.load_longbench,
+    "needle_in_haystack": needle_in_haystack.load_needle_in_haystack,
 }
-"""Dataset to what loads it: from a configuration and the model's tokenizer, a table with one row for each sample."""
+"""
+Dataset to what loads it: from the model's tokenizer, and settings as keyword arguments of their names, a table with one
+row for each sample.
+"""
 
 SCORER_REGISTRY: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "ruler-synthetic": ruler.string_match,
@@ -105,3 +78,13 @@ PRESS_REGISTRY: Mapping[str, BasePress | None] = ChainMap(
     {NO_PRESS: None},
 )
 """Press by name, made anew at each look-up: ``no_press``, kvpress's by the names of its own evaluation, and ours."""
+
+
+def check_names(config: EvaluationConfig) -> None:
+    """Raise a ValueError if there is no such press, or no such task of ruler-synthetic."""
+    if config.press_name not in PRESS_REGISTRY:
+        raise ValueError(
+            f"--press_name: there is no {config.press_name!r}{closest(str(config.press_name), PRESS_REGISTRY)}"
+        )
+    if config.dataset == "ruler-synthetic" and config.tasks is not None:
+        ruler_synthetic.check_tasks(config.tasks, vars(config))

@@ -22,23 +22,15 @@ from kvpress import (
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from evaluation.config import PRESS_FIELDS, EvaluationConfig
-from evaluation.evaluate_registry import PRESS_REGISTRY
+from evaluation.config import EVICTION_SETTINGS, PRESS_FIELDS, SETTINGS, EvaluationConfig
+from evaluation.evaluate_registry import PRESS_REGISTRY, check_names
 from kvpress_merging import MergeOnEvictPress
 from kvpress_merging.wrapping import nested_presses
 
 logger = logging.getLogger(__name__)
 
-EVICTION_SETTINGS = (
-    "compression_ratio",
-    "threshold",
-    "head_compression_ratio",
-    "key_channel_compression_ratio",
-    "compression_interval",
-    "target_size",
-    "hidden_states_buffer_size",
-)
-"""Settings that say when and how much a press evicts. Each reaches presses of some kinds only."""
+# What sets how much these evict is not their compression ratio.
+_WITHOUT_RATIO = (DecodingPress, DMSPress, DuoAttentionPress, ThinKPress)
 
 
 def usable_settings(press: BasePress | None) -> set[str]:
@@ -48,19 +40,7 @@ def usable_settings(press: BasePress | None) -> set[str]:
     A merging press answers ``isinstance`` as the press inside and hands on what is set, so both are treated alike.
     """
     own = {field.name for field in dataclasses.fields(press)} if isinstance(press, MergeOnEvictPress) else set()
-    own &= set(PRESS_FIELDS)
-    if isinstance(press, DuoAttentionPress):
-        return own | {"head_compression_ratio"}
-    if isinstance(press, DMSPress):
-        return own | {"threshold"}
-    if isinstance(press, DecodingPress):
-        return own | {"compression_interval", "target_size", "hidden_states_buffer_size"}
-    for child in press.presses if isinstance(press, ComposedPress) else [press]:
-        if isinstance(child, ThinKPress):
-            own.add("key_channel_compression_ratio")
-        elif hasattr(child, "compression_ratio"):
-            own.add("compression_ratio")
-    return own
+    return own.intersection(PRESS_FIELDS).union(*(_eviction_settings(child) for child in _children(press)))
 
 
 def configure_press(config: EvaluationConfig) -> BasePress | None:
@@ -70,32 +50,24 @@ def configure_press(config: EvaluationConfig) -> BasePress | None:
     Raises
     ------
     ValueError
-        If the press needs a setting that is not there, cannot use one that is, or refuses a value.
+        If there is no such press, it needs a setting that is not there, cannot use one that is, or refuses a value.
     """
+    check_names(config)
     press = PRESS_REGISTRY[config.press_name]
     usable = usable_settings(press)
     for name in (*EVICTION_SETTINGS, *PRESS_FIELDS):
         # There is always a ratio, if only the default one.
         if name != "compression_ratio" and name not in usable and getattr(config, name) is not None:
             raise ValueError(f"--{name} is of no use for the press {config.press_name}")
-    if isinstance(press, DuoAttentionPress):
-        press.head_compression_ratio = _needed(config, "head_compression_ratio")
-    elif isinstance(press, DMSPress):
-        press.threshold = _needed(config, "threshold")
-    elif isinstance(press, DecodingPress):
-        for name in usable & set(EVICTION_SETTINGS):
-            if getattr(config, name) is not None:
-                setattr(press, name, getattr(config, name))
-    elif press is not None:
-        for child in press.presses if isinstance(press, ComposedPress) else [press]:
-            if isinstance(child, ThinKPress):
-                child.key_channel_compression_ratio = _needed(config, "key_channel_compression_ratio")
-            elif hasattr(child, "compression_ratio"):
-                child.compression_ratio = config.compression_ratio
-            else:
-                logger.warning("%s has no compression ratio", type(child).__name__)
-    own = {name: getattr(config, name) for name in PRESS_FIELDS if getattr(config, name) is not None}
-    if own:
+    for child in _children(press):
+        if not (names := _eviction_settings(child)):
+            logger.warning("%s has no compression ratio", type(child).__name__)
+        for name in names:
+            if (value := getattr(config, name)) is not None:
+                setattr(child, name, value)
+            elif SETTINGS[name].is_needed:
+                raise ValueError(f"the press {config.press_name} needs --{name}")
+    if own := {name: getattr(config, name) for name in PRESS_FIELDS if getattr(config, name) is not None}:
         try:
             # Not one after the other: the press checks them together.
             press = dataclasses.replace(press, **own)  # type: ignore[type-var]
@@ -114,21 +86,10 @@ def configure_press(config: EvaluationConfig) -> BasePress | None:
 
 def choose_attention(config: EvaluationConfig, press: BasePress | None, model: PreTrainedModel) -> str:
     """
-    How attention is to be computed, as kvpress's evaluation chooses.
+    The transformers implementation of attention to use, as kvpress's evaluation chooses.
 
-    Parameters
-    ----------
-    config : EvaluationConfig
-        Its ``model_kwargs`` may say.
-    press : BasePress or None
-        An ``ObservedAttentionPress``, at whatever depth, needs attention weights: ``"eager"``.
-    model : PreTrainedModel
-        Where it runs in half precision on a GPU, and FlashAttention 2 is installed, that is taken.
-
-    Returns
-    -------
-    str
-        The name of transformers' implementation.
+    An ``ObservedAttentionPress``, at whatever depth, needs attention weights: ``"eager"``. A model in half precision on
+    a GPU gets FlashAttention 2 where it is installed, unless ``model_kwargs`` say otherwise.
     """
     if press is not None and any(isinstance(inner, ObservedAttentionPress) for inner in nested_presses(press)):
         return "eager"
@@ -144,7 +105,13 @@ def given_model_kwargs(config: EvaluationConfig) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _needed(config: EvaluationConfig, name: str) -> Any:
-    if (value := getattr(config, name)) is None:
-        raise ValueError(f"the press {config.press_name} needs --{name}")
-    return value
+def _children(press: BasePress | None) -> list[BasePress]:
+    """The presses that evict, of a composition or alone."""
+    return [] if press is None else list(press.presses) if isinstance(press, ComposedPress) else [press]
+
+
+def _eviction_settings(press: BasePress) -> list[str]:
+    kinds = [kind for kind in _WITHOUT_RATIO if isinstance(press, kind)]
+    if not kinds:
+        return ["compression_ratio"] if hasattr(press, "compression_ratio") else []
+    return [name for name in EVICTION_SETTINGS if SETTINGS[name].press in kinds]

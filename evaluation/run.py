@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -13,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
-import yaml
 
 from evaluation.benchmarks.hub import DatasetUnavailableError
 from evaluation.cli import closest, fail, parse_config
-from evaluation.config import RECORDED, EvaluationConfig
+from evaluation.config import FIELDS, RECORDED, EvaluationConfig
 from evaluation.evaluate import measure, prepare
+from evaluation.evaluate_registry import check_names
+from evaluation.files import read_mapping
 from evaluation.models import ModelUnavailableError
 from evaluation.results import write_results
 
@@ -32,6 +32,10 @@ class RunConfig(EvaluationConfig):
     config_file: str | None = field(
         default=None, metadata={"help": "YAML file with settings by these names; flags that are given win over it"}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names(self)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,13 +57,9 @@ def main(argv: Sequence[str]) -> None:
 
 def parse(argv: Sequence[str]) -> RunConfig:
     """
-    Read flags and the YAML file that they name.
+    Read flags and the YAML file that they name: flags win over the file, and the file over defaults.
 
-    Returns
-    -------
-    RunConfig
-        Flags win over the file, and the file over defaults. A mistake ends the process with one line on stderr and exit
-        status 2.
+    A mistake ends the process with one line on stderr and exit status 2.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config_file", "--config-file")
@@ -75,33 +75,24 @@ def read_config_file(file: str | Path) -> list[str]:
     """
     A YAML file's settings, as the flags that say the same.
 
-    Parameters
-    ----------
-    file : path
-        A mapping of settings to values. What a saved configuration has beside its settings is passed over, and so are
-        settings without a value.
+    What a saved configuration has beside its settings is passed over, and so are settings without a value.
 
     Raises
     ------
     ValueError
-        If the file does not exist, is no such mapping, or has an unknown setting; the message names the file.
+        If the file does not exist, is no mapping of settings to values, or has an unknown setting.
     """
     try:
-        settings = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config_file: cannot read {str(file)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config_file: {file} is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"--config_file: {file} must hold a mapping of settings to values")
-    known = {field.name: field for field in dataclasses.fields(EvaluationConfig) if field.init}
+        settings = read_mapping(Path(file).expanduser())
+    except ValueError as error:
+        raise ValueError(f"--config_file: {error}") from error
     flags: list[str] = []
     for name, value in settings.items():
         if name in RECORDED or value is None:
             continue
-        if name not in known:
-            raise ValueError(f"--config_file: {file} has an unknown setting {name!r}{closest(str(name), known)}")
-        if isinstance(value, list) and "list" in str(known[name].type):
+        if name not in FIELDS:
+            raise ValueError(f"--config_file: {file} has an unknown setting {name!r}{closest(str(name), FIELDS)}")
+        if isinstance(value, list) and "list" in str(FIELDS[name].type):
             flags += [f"--{name}", *map(str, value)]
         elif isinstance(value, (list, dict)) and name != "model_kwargs":
             raise ValueError(f"--config_file: {name} in {file} must be one value, got {value!r}")

@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+Piece = TypeVar("Piece")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,15 @@ def read_text(text_file: str | Path | None = None) -> str:
         return Path(text_file).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{text_file} is not UTF-8 text: {error}") from error
+
+
+def insert(pieces: Sequence[Piece], needles: Sequence[Sequence[Piece]], places: Sequence[int]) -> list[Piece]:
+    """Hide needles in a haystack: the pieces (words or token ids), with each needle before the one at its place."""
+    parts = list(pieces)
+    # From the back, so that what comes before stays where it is; needles at one place keep their order.
+    for i in sorted(range(len(needles)), key=lambda i: places[i])[::-1]:
+        parts[places[i] : places[i]] = needles[i]
+    return parts
 
 
 def cut_windows(

@@ -16,8 +16,16 @@ from collections.abc import Callable
 import pandas as pd
 from rouge import Rouge
 from thefuzz import fuzz
+from transformers import PreTrainedTokenizerBase
+
+from evaluation.benchmarks.hub import load_hub_dataset
 
 COLUMNS = ("context", "question", "answer_prefix", "answers", "all_classes", "max_new_tokens", "task")
+
+
+def load_longbench(tokenizer: PreTrainedTokenizerBase, *, data_dir: str | None, quiet: bool = False) -> pd.DataFrame:
+    """Read the samples of one task; see ``load_hub_dataset`` for errors."""
+    return load_hub_dataset("longbench", data_dir, COLUMNS, quiet=quiet)
 
 
 def word_f1(said: str, answer: str) -> float:

@@ -10,6 +10,9 @@ import pandas as pd
 from rouge import Rouge
 from transformers import PreTrainedTokenizerBase
 
+from evaluation.benchmarks.hub import load_hub_dataset
+from evaluation.text import insert
+
 COLUMNS = ("context", "needle", "question", "answer_prefix", "max_new_tokens")
 
 _METRICS = ("rouge-1", "rouge-2", "rouge-l")
@@ -18,11 +21,24 @@ _METRICS = ("rouge-1", "rouge-2", "rouge-l")
 _ROOM = 150
 
 
-def hide_needle(
+def load_needle_in_haystack(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data_dir: str | None,
+    max_context_length: int,
+    needle_depth: Sequence[int],
+    quiet: bool = False,
+) -> pd.DataFrame:
+    """Read the essays and put the needle into them: see ``write_contexts`` and ``load_hub_dataset``."""
+    essays = load_hub_dataset("needle_in_haystack", data_dir, COLUMNS, quiet=quiet)
+    return write_contexts(essays, tokenizer, max_context_length, needle_depth)
+
+
+def write_contexts(
     essays: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_context_length: int, depths: Sequence[int]
 ) -> pd.DataFrame:
     """
-    Put the needle into the essays.
+    Put the needle into the essays, once for each depth.
 
     Parameters
     ----------
@@ -56,8 +72,8 @@ def hide_needle(
     essay_ids = tokenizer.encode(row["context"], add_special_tokens=False)[:n_essay_tokens]
     rows = []
     for depth in depths:
-        place = len(essay_ids) * depth // 100
-        text = tokenizer.decode(essay_ids[:place] + needle_ids + essay_ids[place:], skip_special_tokens=True)
+        token_ids = insert(essay_ids, [needle_ids], [len(essay_ids) * depth // 100])
+        text = tokenizer.decode(token_ids, skip_special_tokens=True)
         context = (
             f"Essays by one author follow, from here to the line that says so.\n\n{text}\n\nThe essays end here.\n"
         )

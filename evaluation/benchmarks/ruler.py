@@ -1,15 +1,40 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""RULER's score, for its published dataset and for the samples that are made here."""
+"""RULER: its published dataset, and its score, for that and for the samples that are made here."""
 
 from __future__ import annotations
 
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from evaluation.benchmarks.hub import load_hub_dataset
 
 COLUMNS = ("context", "question", "answer_prefix", "answer", "max_new_tokens", "task")
 
 # kvpress takes control characters out of an answer before it looks for the right one in it.
 _CONTROL_CHARACTERS = dict.fromkeys(range(32))
+
+
+def load_ruler(
+    tokenizer: PreTrainedTokenizerBase, *, data_dir: str | None, tasks: list[str] | None = None, quiet: bool = False
+) -> pd.DataFrame:
+    """
+    Read the samples of one length, or those of some tasks.
+
+    Raises
+    ------
+    ValueError
+        If the dataset lacks a task.
+    DatasetUnavailableError
+        See ``load_hub_dataset``.
+    """
+    samples = load_hub_dataset("ruler", data_dir, COLUMNS, quiet=quiet)
+    if tasks is None:
+        return samples
+    if missing := set(tasks) - set(samples["task"]):
+        known = ", ".join(sorted(set(samples["task"])))
+        raise ValueError(f"--tasks: the dataset has no {', '.join(sorted(missing))}, only {known}")
+    return samples[samples["task"].isin(tasks)].reset_index(drop=True)
 
 
 def string_match(predictions: pd.DataFrame) -> pd.DataFrame:

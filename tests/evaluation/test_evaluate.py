@@ -25,10 +25,10 @@ from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 from evaluation import evaluate
 from evaluation import run as run_command
 from evaluation.__main__ import main
+from evaluation.benchmarks.fidelity.measure import measure_fidelity, measure_reference
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import answer, measure, prepare, run
 from evaluation.evaluate_registry import DATASET_REGISTRY, PRESS_REGISTRY, SCORER_REGISTRY
-from evaluation.fidelity import measure_fidelity, measure_reference
 from evaluation.presses import configure_press
 from evaluation.results import write_results
 from evaluation.text import built_in_text, cut_windows
@@ -81,7 +81,7 @@ def questions(monkeypatch):
             "task": "pets",
         }
     )
-    monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda config, tokenizer: samples.copy())
+    monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda tokenizer: samples.copy())
     return samples
 
 
@@ -347,7 +347,7 @@ def test_a_query_aware_press_sees_the_question(model, tokenizer, questions):
 
 
 def test_samples_without_an_answer_prefix_are_asked_too(model, tokenizer, questions, monkeypatch):
-    monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda config, tokenizer: questions.assign(answer_prefix=None))
+    monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda tokenizer: questions.assign(answer_prefix=None))
     assert len(answers_of(EvaluationConfig(dataset="ruler", quiet=True), model, tokenizer)) == 3
 
 
@@ -356,7 +356,7 @@ def test_metrics_are_means_over_a_tasks_samples(model, tokenizer, questions, mon
     monkeypatch.setitem(
         SCORER_REGISTRY, "ruler", lambda predictions: pd.DataFrame(scores).set_index(predictions.sort_index().index)
     )
-    monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda config, tokenizer: questions.assign(task=["a", "b", "a"]))
+    monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda tokenizer: questions.assign(task=["a", "b", "a"]))
     predictions, metrics = measure(prepare(EvaluationConfig(dataset="ruler", quiet=True), model, tokenizer))
     assert metrics == {"a": {"points": 21.67}, "b": {"points": 20.0, "bonus": 1.0}}
     assert predictions.sort_index()["points"].tolist() == scores["points"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kvpress import AdaKVPress, KnormPress, SnapKVPress
 
-from evaluation.fidelity import measure_fidelity, measure_reference
+from evaluation.benchmarks.fidelity.measure import measure_fidelity, measure_reference
 from evaluation.models import load_model
 from evaluation.text import built_in_text, cut_windows
 from kvpress_merging import AttentionMatchingPress, MergingPress

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from evaluation.text import insert
+
 LENGTH_TOLERANCE = 0.02
 """A context is at most this share shorter than asked, and never longer."""
 
@@ -159,12 +161,12 @@ def hide_in_words(words: Sequence[str], needles: Sequence[str], depths: Sequence
         wanted = depth * len(words)
         after = bisect.bisect_left(gaps, wanted)
         places.append(min(gaps[max(after - 1, 0) : after + 1], key=lambda gap: abs(gap - wanted)))
-    return " ".join(_insert(words, needles, places))
+    return " ".join(insert(words, [[needle] for needle in needles], places))
 
 
 def hide_in_list(pieces: Sequence[str], needles: Sequence[str], depths: Sequence[float]) -> str:
     """Pieces of text with each needle between two of them, at its depth."""
-    return " ".join(_insert(pieces, needles, [round(depth * len(pieces)) for depth in depths]))
+    return " ".join(insert(pieces, [[needle] for needle in needles], [round(d * len(pieces)) for d in depths]))
 
 
 def even_depth(index: int, start: float) -> float:
@@ -179,14 +181,6 @@ def even_depth(index: int, start: float) -> float:
         index //= 2
         share /= 2
     return (spread + start) % 1.0
-
-
-def _insert(pieces: Sequence[str], needles: Sequence[str], places: Sequence[int]) -> list[str]:
-    parts = list(pieces)
-    # From the back, so that what comes before stays where it is; needles at one place keep their order.
-    for i in sorted(range(len(needles)), key=lambda i: places[i])[::-1]:
-        parts.insert(places[i], needles[i])
-    return parts
 
 
 def _ends_sentence(word: str) -> bool:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
@@ -26,9 +25,6 @@ from evaluation.benchmarks.ruler_synthetic.sample import Essay, Measure, Sample,
 from evaluation.cli import closest
 from evaluation.text import read_text
 
-if TYPE_CHECKING:
-    from evaluation.config import EvaluationConfig
-
 _LIST_TASKS = {"vt": write_variable_tracking, "cwe": write_common_words, "fwe": write_frequent_words}
 
 TASKS = (*NEEDLE_TASKS, *_LIST_TASKS)
@@ -43,28 +39,20 @@ _PLAIN_SHARE = 0.94
 _MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 
 
-def load_ruler_synthetic(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """
-    The samples that a configuration asks for: ``data_dir`` tokens long, ``n_samples`` of each of ``tasks``.
-
-    Raises
-    ------
-    ValueError
-        If a length does not suit a task, or a file is not of its format.
-    OSError
-        If a file cannot be read.
-    """
-    assert config.data_dir is not None  # the configuration fills it in
-    return generate(
-        tokenizer,
-        int(config.data_dir),
-        n_samples=config.n_samples,
-        tasks=config.tasks,
-        seed=config.seed,
-        text_file=config.text_file,
-        squad_file=config.squad_file,
-        hotpotqa_file=config.hotpotqa_file,
-    )
+def load_ruler_synthetic(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data_dir: str,
+    n_samples: int,
+    tasks: Sequence[str] | None,
+    seed: int,
+    text_file: str | None,
+    squad_file: str | None,
+    hotpotqa_file: str | None,
+) -> pd.DataFrame:
+    """Samples of ``data_dir`` tokens, ``n_samples`` of each task: see ``generate``."""
+    files = {"text_file": text_file, "squad_file": squad_file, "hotpotqa_file": hotpotqa_file}
+    return generate(tokenizer, int(data_dir), n_samples=n_samples, tasks=tasks, seed=seed, **files)
 
 
 def prose_of(text: str) -> str:

@@ -13,10 +13,11 @@ import torch
 from kvpress import KnormPress
 from tiny import tiny_model
 
-from evaluation import speed, speed_subjects
+from evaluation import speed
 from evaluation.speed import SpeedArguments, growth, main, measure_cell
-from evaluation.speed_prefill import measure_prefill
-from evaluation.speed_subjects import SUBJECTS, Cell, Inputs, Subject, measure_seconds, peak_of_one_call
+from evaluation.speed import subjects as speed_subjects
+from evaluation.speed.prefill import measure_prefill
+from evaluation.speed.subjects import SUBJECTS, Cell, Inputs, Subject, measure_seconds, peak_of_one_call
 from kvpress_merging import AttentionMatchingPress, MergingPress
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
 

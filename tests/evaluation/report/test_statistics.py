@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.statistics import holm, paired_difference
+from evaluation.report.statistics import holm, paired_difference
 
 # Scores as they are: percentages with ties, and numbers of any size.
 numbers = st.one_of(st.sampled_from([0.0, 25.0, -25.0, 100.0, -100.0]), st.floats(-1e3, 1e3, allow_subnormal=False))

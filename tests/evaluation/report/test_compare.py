@@ -5,6 +5,7 @@
 import json
 import math
 import re
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -13,12 +14,13 @@ from kvpress import MergingPress as KVPressMergingPress
 from run_folders import write_run
 
 from evaluation.__main__ import main
-from evaluation.collect import read_results
-from evaluation.compare import ALL_TASKS, compare_folders, compare_runs, compare_twins
-from evaluation.comparisons import compare_all
-from evaluation.runs import is_twin, read_run
-from evaluation.statistics import paired_difference
-from kvpress_merging import MergingPress
+from evaluation.evaluate_registry import PRESS_REGISTRY
+from evaluation.report.compare import ALL_TASKS, compare_folders, compare_runs, compare_twins
+from evaluation.report.runs import bare_name, is_twin, read_results, read_run
+from evaluation.report.statistics import paired_difference
+from evaluation.report.summary import compare_all
+from kvpress_merging import PRESS_REGISTRY as MERGING_PRESSES
+from kvpress_merging import AttentionMatchingPress, MergingPress
 
 
 @pytest.fixture
@@ -107,7 +109,7 @@ def test_other_merge_settings_are_other_comparisons_named_by_what_is_not_default
     assert sorted(table["kind"]) == ["merged", "merged, similarity_threshold=0.5"]
 
 
-def test_a_press_that_python_cannot_parse_is_found_by_its_name(tmp_path):
+def test_runs_belong_together_by_name_and_settings_however_their_presses_are_written(tmp_path):
     write_run(tmp_path, "knorm", "KnormPress(hook=<function f at 0x7f>)", {"qa": [0.0]})
     write_run(tmp_path, "snapkv", "SnapKVPress(hook=<function f at 0x7f>)", {"qa": [0.0]})
     merged = write_run(tmp_path, "merging_knorm", "MergingPress(press=KnormPress(hook=<f>), x=1)", {"qa": [1.0]})
@@ -115,16 +117,46 @@ def test_a_press_that_python_cannot_parse_is_found_by_its_name(tmp_path):
     assert [bare.press_name for bare in runs if is_twin(read_run(merged), bare)] == ["knorm"]
 
 
+@pytest.mark.parametrize(
+    ("press_name", "bare"),
+    [
+        *((f"{prefix}_snapkv", "snapkv") for prefix in ("merging", "matching")),
+        ("merging_expected_attention", "expected_attention_head"),
+        ("matching_adakv_expected_attention", "expected_attention"),
+        ("merging_kvzap_mlp", "kvzap_mlp_head"),
+        ("matching_dms_kvzap_mlp", "kvzap_mlp"),
+        ("merging_of_tomorrow", "of_tomorrow"),
+    ],
+)
+def test_a_name_of_ours_says_which_bare_press_is_inside(press_name, bare):
+    assert bare_name(press_name) == bare
+
+
+def test_every_press_of_ours_has_its_bare_press_in_the_registry():
+    for name in MERGING_PRESSES:
+        inner: Any = PRESS_REGISTRY[bare_name(name)]
+        assert inner == cast(Any, MERGING_PRESSES[name]).press, name
+
+
+def test_a_press_that_evicts_at_other_moments_is_named_by_them(tmp_path):
+    for interval in (None, 8, 16):
+        write_run(tmp_path, "decoding_knorm", "?", {"qa": [0.0]}, compression_interval=interval)
+    assert sorted(run.press for run in read_results(tmp_path).runs) == [
+        "decoding_knorm",
+        "decoding_knorm (compression_interval=16)",
+        "decoding_knorm (compression_interval=8)",
+    ]
+
+
 def test_kvpresss_own_merging_press_is_not_taken_for_ours(tmp_path):
     write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0.0]})
-    write_run(tmp_path, "merging_knorm", KVPressMergingPress(KnormPress(0.5)), {"qa": [1.0]})
+    write_run(tmp_path, "merging_knorm", KVPressMergingPress(KnormPress(0.5)), {"qa": [1.0]}, versions={})
     assert compare_twins(read_results(tmp_path).runs, "b")[0].empty
 
 
 def test_a_matching_press_is_compared_too_and_called_so(tmp_path):
     write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0.0]})
-    folder = write_run(tmp_path, "merging_knorm", "AttentionMatchingPress(press=KnormPress(compression_ratio=0.5))",
-                       {"qa": [1.0]})  # fmt: skip
+    folder = write_run(tmp_path, "matching_knorm", AttentionMatchingPress(KnormPress(0.5)), {"qa": [1.0]})
     assert read_run(folder).kind == "matching"
     assert compare_twins(read_results(tmp_path).runs, "b")[0]["kind"].tolist() == ["matching"]
 
@@ -136,7 +168,7 @@ def test_presses_go_by_the_name_of_their_bare_run_and_no_two_by_one_name(tmp_pat
     write_run(tmp_path, "merging_expected_attention", MergingPress(ExpectedAttentionPress(0.5)), {"qa": [0.0]})
     names = {run.press_name: run.press for run in read_results(tmp_path).runs}
     assert names["merging_adakv_expected_attention"] == names["expected_attention"] == "expected_attention"
-    assert names["merging_expected_attention"] == "expected_attention (ExpectedAttentionPress)"
+    assert names["merging_expected_attention"] == "expected_attention_head"
 
 
 def test_of_repeats_the_newest_is_taken_and_told(tmp_path):

@@ -15,10 +15,10 @@ import yaml
 from filelock import FileLock
 from tiny import tiny_checkpoint
 
-from evaluation import runners
 from evaluation.__main__ import main
-from evaluation.collect import read_results
 from evaluation.evaluate import prepare
+from evaluation.report.runs import read_results
+from evaluation.sweep import here, on_ray
 from evaluation.text import built_in_text
 
 # How often the sweep of the test at the end is killed, in one process and on Ray. Ray takes seconds to start each time.
@@ -138,7 +138,7 @@ def test_a_cell_that_fails_is_recorded_and_tried_again_and_the_rest_goes_on(mode
             raise RuntimeError("it broke\nin two")
         return prepare(config, *loaded)
 
-    monkeypatch.setattr(runners, "prepare", break_snapkv)
+    monkeypatch.setattr(here, "prepare", break_snapkv)
     assert sweep(grid, folder) == 1
     out, err = capsys.readouterr()
     assert "1 failed" in out
@@ -172,8 +172,8 @@ def test_a_model_is_loaded_once_for_all_cells_that_share_it(model, tmp_path, mon
         loaded.append(config.model)
         return original(config)
 
-    original = runners.load
-    monkeypatch.setattr(runners, "load", load)
+    original = here.load
+    monkeypatch.setattr(here, "load", load)
     models = [str(model), str(tmp_path / "other")]
     grid = write_grid(tmp_path, model, press_name=["knorm", "merging_knorm"], model=models)
     assert sweep(grid, tmp_path / "results") == 0
@@ -258,12 +258,12 @@ def test_without_ray_its_runner_says_what_to_install(model, tmp_path, monkeypatc
     ],
 )
 def test_workers_share_out_the_cluster(nodes, n_cells, threads, num_workers, expected):
-    assert runners._share_out(nodes, n_cells, threads, num_workers) == expected
+    assert on_ray._share_out(nodes, n_cells, threads, num_workers) == expected
 
 
 def test_more_workers_than_gpus_are_refused():
-    with pytest.raises(runners.RunnerError, match="--num_workers must be at most 1, one for each GPU, got 2"):
-        runners._share_out([{"CPU": 8, "GPU": 1}], 9, 1, 2)
+    with pytest.raises(here.RunnerError, match="--num_workers must be at most 1, one for each GPU, got 2"):
+        on_ray._share_out([{"CPU": 8, "GPU": 1}], 9, 1, 2)
 
 
 class RayOfOneProcess:
@@ -305,7 +305,7 @@ def test_a_worker_that_dies_fails_its_cell_and_another_takes_its_place(monkeypat
         made.append(RemoteWorker(deadly={"b"}))
         return made[-1]
 
-    outcomes = dict(runners._spread(["a", "b", "c"], make_worker, 1))
+    outcomes = dict(on_ray._spread(["a", "b", "c"], make_worker, 1))
     assert (outcomes["a"], outcomes["c"]) == (("a",), ("c",))
     assert outcomes["b"].error == "the worker died: RayError: died"
     assert len(made) == 2
@@ -314,9 +314,9 @@ def test_a_worker_that_dies_fails_its_cell_and_another_takes_its_place(monkeypat
 def test_workers_that_do_not_start_end_the_sweep_only_if_none_does(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", RayOfOneProcess)
     workers = iter([RemoteWorker(starts=False), RemoteWorker()])
-    assert dict(runners._spread(["a", "b"], lambda: next(workers), 2)) == {"a": ("a",), "b": ("b",)}
-    with pytest.raises(runners.RunnerError, match="no worker starts on the Ray cluster: died"):
-        list(runners._spread(["a", "b"], lambda: RemoteWorker(starts=False), 2))
+    assert dict(on_ray._spread(["a", "b"], lambda: next(workers), 2)) == {"a": ("a",), "b": ("b",)}
+    with pytest.raises(here.RunnerError, match="no worker starts on the Ray cluster: died"):
+        list(on_ray._spread(["a", "b"], lambda: RemoteWorker(starts=False), 2))
 
 
 @pytest.mark.parametrize("runner", ["local", "ray"])

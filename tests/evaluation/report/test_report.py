@@ -21,12 +21,12 @@ from run_folders import write_run
 from tiny import tiny_model, tiny_tokenizer
 
 from evaluation.__main__ import main
-from evaluation.comparisons import verdict_on
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import run
-from evaluation.plots import plot_heat_map
-from evaluation.report import MARKER
-from evaluation.tables import as_markdown
+from evaluation.report.plots import plot_heat_map
+from evaluation.report.summary import verdict_on
+from evaluation.report.tables import as_markdown
+from evaluation.report.write import MARKER
 from kvpress_merging import MergingPress
 
 HOSTILE = "</script><img src=x onerror=\"window.hacked=1\">|$x_y$ & 'q'"

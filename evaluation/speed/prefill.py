@@ -13,7 +13,7 @@ import torch
 from kvpress import BasePress, KnormPress
 from transformers import DynamicCache, PreTrainedModel
 
-from evaluation.compressed_cache import synchronize
+from evaluation.benchmarks.fidelity.compressed_cache import synchronize
 from kvpress_merging import AttentionMatchingPress, MergingPress
 
 

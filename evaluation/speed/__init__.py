@@ -38,11 +38,11 @@ import torch
 from rich.console import Console
 
 from evaluation.cli import fail, parse_config
+from evaluation.files import write_folder
 from evaluation.models import BUILT_IN_MODEL, ModelUnavailableError, load_model
-from evaluation.results import write_folder
-from evaluation.speed_prefill import measure_prefill
-from evaluation.speed_report import plot, show
-from evaluation.speed_subjects import DTYPES, SUBJECTS, Cell, measure_extra_bytes, measure_seconds
+from evaluation.speed.prefill import measure_prefill
+from evaluation.speed.show import plot, show
+from evaluation.speed.subjects import DTYPES, SUBJECTS, Cell, measure_extra_bytes, measure_seconds
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
 
 DEVICES = ("cpu", "cuda")

@@ -18,7 +18,12 @@ from kvpress import BasePress, DecodingPress
 from kvpress.utils import extract_keys_and_values
 from transformers import PreTrainedModel
 
-from evaluation.compressed_cache import count_cache_bytes, prefill, read_continuation, watched_attention
+from evaluation.benchmarks.fidelity.compressed_cache import (
+    count_cache_bytes,
+    prefill,
+    read_continuation,
+    watched_attention,
+)
 from evaluation.text import Window
 
 # Positions whose logits are compared at a time: bounds the float64 copies for a vocabulary of 150,000.

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from kvpress import KnormPress, MergingPress
 
-from evaluation.compressed_cache import synchronize
+from evaluation.benchmarks.fidelity.compressed_cache import synchronize
 from kvpress_merging import AttentionMatchingPress
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend

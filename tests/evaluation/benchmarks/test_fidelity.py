@@ -20,8 +20,8 @@ from tiny import FAMILIES, VOCAB_SIZE, tiny_model
 from transformers import DynamicCache
 
 from evaluation.benchmarks import fidelity as benchmark
-from evaluation.compressed_cache import count_cache_bytes, read_continuation
-from evaluation.fidelity import compare_logits, measure_fidelity, measure_reference
+from evaluation.benchmarks.fidelity.compressed_cache import count_cache_bytes, read_continuation
+from evaluation.benchmarks.fidelity.measure import compare_logits, measure_fidelity, measure_reference
 from evaluation.text import Window
 
 CONTEXT_LENGTH, CONTINUATION_LENGTH = 96, 17
@@ -129,7 +129,7 @@ def test_the_continuation_starts_where_the_pipeline_would_start_it(model, press,
         return read_continuation(model, continuation_ids, cache, start)
 
     reference = measure_reference(model, window)
-    monkeypatch.setattr("evaluation.fidelity.read_continuation", note_start)
+    monkeypatch.setattr("evaluation.benchmarks.fidelity.measure.read_continuation", note_start)
     measure_fidelity(model, press, reference)
     assert starts == [start]
 

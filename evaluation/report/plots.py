@@ -19,11 +19,11 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from evaluation.tables import ALPHA, number
+from evaluation.report.tables import ALPHA, number
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart, without its yellow and black.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKERS = "osD^vPX*<>"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = "osD^vPX*<>"
 _LINES = {"bare": (0, (4, 2)), "merged": "-", "matching": (0, (1, 1.2))}
 _VARIANT_LINES = ((0, (6, 1.5, 1, 1.5)), (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)))
 
@@ -90,7 +90,7 @@ class Styles:
         if press not in self._places:
             return {"color": "#777777", "marker": "o"}
         place = self._places[press]
-        return {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
+        return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
     def of_kind(self, kind: str) -> Any:
         """Line style."""
@@ -236,14 +236,14 @@ def plot_heat_map(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def save(plot: Plot, folder: Path) -> tuple[str, list[str]]:
+def save(plot: Plot, folder: Path) -> str:
     """
     Write a plot as PNG and SVG: the same bytes for the same figure.
 
     Returns
     -------
-    tuple[str, list of str]
-        The plot as SVG to be put into a page: without background, its text in the page's colour; and the files' names.
+    str
+        The plot as SVG to be put into a page: without background, its text in the page's colour.
     """
     # Salted with the name, so that no two plots of one page share an id.
     with mpl.rc_context(_style(**{"svg.hashsalt": plot.name})):
@@ -258,7 +258,7 @@ def save(plot: Plot, folder: Path) -> tuple[str, list[str]]:
     number, *_, kind = plot.name.split("-")
     for before in ('id="', "url(#", 'href="#'):
         svg = svg.replace(before, f"{before}{kind}{number}-")
-    return svg, [f"{plot.name}.png", f"{plot.name}.svg"]
+    return svg
 
 
 def _style(**more: Any) -> Any:

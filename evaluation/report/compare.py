@@ -13,36 +13,26 @@ import numpy as np
 import pandas as pd
 
 from evaluation.cli import Parser
-from evaluation.collect import read_results
+from evaluation.report.runs import (
+    IDENTITY,
+    LOWER_IS_BETTER,
+    PREFIXES,
+    Run,
+    direction_of,
+    is_twin,
+    read_results,
+    read_run,
+)
+from evaluation.report.statistics import holm, paired_difference
+from evaluation.report.tables import ALPHA, show
 from evaluation.results import FILES
-from evaluation.runs import IDENTITY, LOWER_IS_BETTER, PREFIXES, Run, direction_of, is_twin, read_run
-from evaluation.statistics import holm, paired_difference
-from evaluation.tables import ALPHA, show
 
 ALL_TASKS = "all tasks"
 """The task of a row that is about the mean over tasks."""
 
 COLUMNS = (
-    "benchmark",
-    "press",
-    "kind",
-    "level",
-    "compression_ratio",
-    "metric",
-    "direction",
-    "task",
-    "n_samples",
-    "bare",
-    "merged",
-    "difference",
-    "low",
-    "high",
-    "p",
-    "p_holm",
-    "wins",
-    "ties",
-    "losses",
-    "verdict",
+    *("benchmark", "press", "kind", "level", "compression_ratio", "metric", "direction", "task", "n_samples"),
+    *("bare", "merged", "difference", "low", "high", "p", "p_holm", "wins", "ties", "losses", "verdict"),
 )
 """Of a table of comparisons. ``difference`` is merged minus bare; a win is a sample on which merged is better."""
 
@@ -107,14 +97,7 @@ def is_run(folder: Path) -> bool:
 
 
 def compare_twins(runs: Iterable[Run], benchmark: str) -> tuple[pd.DataFrame, list[str]]:
-    """
-    Compare each merged run with the bare one.
-
-    Returns
-    -------
-    tuple[pd.DataFrame, list of str]
-        ``COLUMNS``, and what a reader should know: which merged runs have no bare one, and what differs.
-    """
+    """Compare each run of ours with the bare one: ``COLUMNS``, and which have none, and what differs, as notes."""
     runs = list(runs)
     tables, notes = [], []
     for run in runs:
@@ -133,18 +116,11 @@ def compare_runs(bare: Run, merged: Run, benchmark: str) -> pd.DataFrame:
     """
     Compare two runs on the samples that both have, task by task and over all tasks.
 
-    Parameters
-    ----------
-    bare, merged : Run
-        What is compared with, and what is compared.
-    benchmark : str
-        How the table names what they measured.
-
     Returns
     -------
     pd.DataFrame
-        ``COLUMNS``. Holm's correction is over the tasks of one metric; the row of all tasks is one test by itself, and
-        left out where there is one task only.
+        ``COLUMNS``, with ``benchmark`` as the name of what they measured. Holm's correction is over the tasks of one
+        metric; the row of all tasks is one test by itself, and left out where there is one task only.
 
     Raises
     ------
@@ -173,14 +149,13 @@ def compare_runs(bare: Run, merged: Run, benchmark: str) -> pd.DataFrame:
         rows += own
         if len(tasks) > 1:
             rows.append(_row(ALL_TASKS, [group for _, group in tasks], str(metric)))
-    about = {
-        "benchmark": benchmark,
-        "press": bare.press,
-        "kind": merged.label,
-        "level": merged.level,
-        "compression_ratio": merged.ratio,
-    }
+    about = {"benchmark": benchmark, "press": bare.press, **describe(merged)}
     return pd.DataFrame([{**about, **row, "verdict": _verdict(row)} for row in rows], columns=list(COLUMNS))
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """How tables tell runs of one press apart."""
+    return {"kind": run.label, "level": run.level, "compression_ratio": run.ratio}
 
 
 def notes_on(bare: Run, merged: Run) -> list[str]:
@@ -194,10 +169,8 @@ def notes_on(bare: Run, merged: Run) -> list[str]:
         both = np.isfinite(merged.scores[metric]) & np.isfinite(bare.scores[metric]).reindex(merged.scores.index)
         if n_left_out := n_shared - int(both.fillna(False).sum()):
             notes.append(f"{name}: {n_left_out} samples without a finite {metric} in both runs are left out")
-    for part in ("settings", "versions"):
-        one, other = (
-            run.settings if part == "settings" else run.config.get("versions") or {} for run in (bare, merged)
-        )
+    versions = [run.config.get("versions") or {} for run in (bare, merged)]
+    for one, other in ((bare.settings, merged.settings), versions):
         for key in sorted({*one, *other}):
             if one.get(key) != other.get(key):
                 notes.append(f"{name} and its bare run differ in {key}: {other.get(key)} and {one.get(key)}")
@@ -205,25 +178,21 @@ def notes_on(bare: Run, merged: Run) -> list[str]:
 
 
 def _press(run: Run) -> tuple[Any, ...]:
-    return run.kind, run.press_name, run.config["press_init_command"]
+    return run.kind, run.press_name, run.variant
 
 
 def _check_same_samples(bare: Run, merged: Run, shared: pd.Index) -> None:
-    for name in IDENTITY:
-        if name in bare.predictions and name in merged.predictions:
-            one, other = (run.predictions.loc[shared, name].fillna("") for run in (bare, merged))
-            if (different := one != other).any():
-                raise ValueError(
-                    f"sample {shared[different][0]} is not the same in {bare.folder} and {merged.folder}: its {name} "
-                    "differs"
-                )
-    if "nll_full" in bare.predictions and "nll_full" in merged.predictions:
-        one, other = (run.predictions.loc[shared, "nll_full"].to_numpy() for run in (bare, merged))
-        if (different := np.abs(one - other) > _NLL_TOLERANCE * np.abs(one)).any():
-            raise ValueError(
-                f"sample {shared[different][0]} is not the same in {bare.folder} and {merged.folder}: its likelihood "
-                "with the full cache differs"
-            )
+    for name in (*IDENTITY, "nll_full"):
+        if name not in bare.predictions or name not in merged.predictions:
+            continue
+        one, other = (run.predictions.loc[shared, name] for run in (bare, merged))
+        if name == "nll_full":
+            different, what = (one - other).abs() > _NLL_TOLERANCE * one.abs(), "likelihood with the full cache"
+        else:
+            different, what = one.fillna("") != other.fillna(""), name
+        if different.any():
+            places = f"{bare.folder} and {merged.folder}"
+            raise ValueError(f"sample {shared[different][0]} is not the same in {places}: its {what} differs")
 
 
 def _row(task: str, groups: list[pd.DataFrame], metric: str) -> dict[str, Any]:

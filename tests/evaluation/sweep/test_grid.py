@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evaluation.collect import read_references
 from evaluation.evaluate_registry import PRESS_REGISTRY
-from evaluation.grid import read_grid
 from evaluation.presses import configure_press
-from evaluation.runs import LEVELS
+from evaluation.report.runs import LEVELS, read_references
+from evaluation.sweep.grid import read_grid
 
 SWEEPS = Path("evaluation/sweeps")
 

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.speed_subjects import SUBJECTS
+from evaluation.speed.subjects import SUBJECTS
 
 
 def show(figures: dict[str, Any], console: Console) -> None:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import logging
@@ -13,23 +12,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from evaluation.checks import ONLY_FOR
 from evaluation.cli import closest
-from evaluation.collect import read_references
-from evaluation.config import PRESS_FIELDS, EvaluationConfig
-from evaluation.evaluate_registry import DATASET_REGISTRY, PRESS_REGISTRY
-from evaluation.presses import EVICTION_SETTINGS, configure_press, usable_settings
-from evaluation.results import measured_settings
+from evaluation.config import (
+    DATASETS,
+    EVICTION_SETTINGS,
+    FIELDS,
+    PRESS_FIELDS,
+    SETTINGS,
+    EvaluationConfig,
+    measured_settings,
+    settings_that,
+)
+from evaluation.evaluate_registry import PRESS_REGISTRY
+from evaluation.files import read_mapping
+from evaluation.presses import configure_press, usable_settings
+from evaluation.report.runs import read_references
 
 # What a file may say beside settings.
 _SECTIONS = ("cells", "reference")
 
-# Settings that are the same for the whole sweep: they do not change what is measured.
-_ONE_VALUE = ("output_dir", "device", "trust_remote_code", "log_level", "quiet")
+# Settings that are the same for the whole sweep.
+_ONE_VALUE = settings_that(lambda about: not about.is_measured)
 
-_SETTINGS = {setting.name: setting for setting in dataclasses.fields(EvaluationConfig) if setting.init}
+_NAMES = tuple(name for name, field in FIELDS.items() if field.init)
 
 
 def read_grid(file: Path, output_dir: str | None = None) -> list[EvaluationConfig]:
@@ -39,9 +44,9 @@ def read_grid(file: Path, output_dir: str | None = None) -> list[EvaluationConfi
     Parameters
     ----------
     file : Path
-        A mapping of settings to values, for all cells; ``cells``, a list of such mappings for some; ``reference``, see
-        ``evaluation.collect``. Where a setting has a list of values, there is a cell for each, and for each combination
-        of them. A setting is left out of cells whose press or dataset has no use for it.
+        A mapping of settings to values, for all cells; ``cells``, a list of such mappings for some; ``reference``,
+        published scores. Where a setting has a list of values, there is a cell for each, and for each combination of
+        them. A setting is left out of cells whose press or dataset has no use for it.
     output_dir : str, optional
         Where the results go; by default what the file says, or else a folder of its name in ``results``.
 
@@ -94,7 +99,7 @@ def _configs(
             useless = _useless(settings)
             for name in settings:
                 origin = f"{file}: {place}" if name in block else str(file)
-                is_used = name not in useless or settings[name] in (None, _SETTINGS[name].default)
+                is_used = name not in useless or settings[name] in (None, FIELDS[name].default)
                 used[origin, name] = used.get((origin, name), False) or is_used
             settings = {name: value for name, value in settings.items() if name not in useless}
             try:
@@ -113,16 +118,9 @@ def _configs(
 
 def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The settings of all cells, and those of each block."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {str(file)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a mapping of settings to values")
+    content = read_mapping(file)
     read_references(file)
-    _check_names(content, f"{file}:", (*_SETTINGS, *_SECTIONS))
+    _check_names(content, f"{file}:", (*_NAMES, *_SECTIONS))
     shared = {name: value for name, value in content.items() if name not in _SECTIONS}
     for name in _ONE_VALUE:
         if isinstance(shared.get(name), list):
@@ -131,13 +129,13 @@ def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not isinstance(blocks, list) or not blocks or not all(isinstance(block, dict) for block in blocks):
         raise ValueError(f"{file}: cells must be a list of mappings of settings to values")
     for number, block in enumerate(blocks, start=1):
-        _check_names(block, f"{file}: block {number} of cells:", _SETTINGS)
+        _check_names(block, f"{file}: block {number} of cells:", _NAMES)
         if fixed := set(block) & set(_ONE_VALUE):
             raise ValueError(f"{file}: {min(fixed)} is the same for all cells: it belongs above them")
     return shared, blocks
 
 
-def _check_names(names: Mapping[Any, Any], where: str, valid: Mapping[str, Any] | tuple[str, ...]) -> None:
+def _check_names(names: Mapping[Any, Any], where: str, valid: tuple[str, ...]) -> None:
     for name in names:
         if name not in valid:
             raise ValueError(f"{where} unknown setting {name!r}{closest(str(name), valid)}")
@@ -146,7 +144,7 @@ def _check_names(names: Mapping[Any, Any], where: str, valid: Mapping[str, Any] 
 def _combinations(settings: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
     axes = {}
     for name, value in settings.items():
-        takes_list = "list" in str(_SETTINGS[name].type)
+        takes_list = "list" in str(FIELDS[name].type)
         is_axis = isinstance(value, list) and (not takes_list or any(isinstance(item, list) for item in value))
         axes[name] = [_as_declared(name, item) for item in value] if is_axis else [_as_declared(name, value)]
         if value == []:
@@ -158,16 +156,15 @@ def _combinations(settings: Mapping[str, Any], where: str) -> Iterator[dict[str,
 def _as_declared(name: str, value: Any) -> Any:
     """A number as a flag would give it: presses are compared as text, where -3 is not -3.0."""
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if is_int and "float" in str(_SETTINGS[name].type) else value
+    return float(value) if is_int and "float" in str(FIELDS[name].type) else value
 
 
 def _useless(settings: Mapping[str, Any]) -> set[str]:
     """Settings that the dataset or the press has no use for; none where these do not exist."""
-    dataset = settings.get("dataset", _SETTINGS["dataset"].default)
-    press_name = settings.get("press_name", _SETTINGS["press_name"].default)
+    dataset, press_name = (settings.get(name, FIELDS[name].default) for name in ("dataset", "press_name"))
     useless: set[str] = set()
-    if isinstance(dataset, str) and dataset in DATASET_REGISTRY:
-        useless |= {name for name, datasets in ONLY_FOR.items() if dataset not in datasets}
+    if dataset in DATASETS:
+        useless |= {name for name, about in SETTINGS.items() if about.datasets and dataset not in about.datasets}
     if isinstance(press_name, str) and press_name in PRESS_REGISTRY:
         useless |= {*EVICTION_SETTINGS, *PRESS_FIELDS} - usable_settings(PRESS_REGISTRY[press_name])
     return useless & set(settings)

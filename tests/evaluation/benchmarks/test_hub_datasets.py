@@ -187,7 +187,7 @@ ESSAYS: dict[str, Any] = {
 @pytest.mark.parametrize(("depth", "place"), [(0, 0.0), (30, 0.3), (100, 1.0)])
 def test_a_needle_is_put_at_its_depth_into_essays_of_the_length(tokenizer, depth, place):
     needle = ESSAYS["needle"]
-    samples = needle_in_haystack.hide_needle(pd.DataFrame([ESSAYS]), tokenizer, 600, [depth])
+    samples = needle_in_haystack.write_contexts(pd.DataFrame([ESSAYS]), tokenizer, 600, [depth])
     (context,) = samples["context"]
     assert context.count(needle) == 1
     before, after = context.split(needle)
@@ -221,7 +221,7 @@ def test_a_needle_is_asked_for_at_each_depth_and_scored(folder, said, model, tok
 
 def test_a_length_without_room_for_essays_is_told(tokenizer):
     with pytest.raises(ValueError, match="--max_context_length must be greater than 176"):
-        needle_in_haystack.hide_needle(pd.DataFrame([ESSAYS]), tokenizer, 176, [0])
+        needle_in_haystack.write_contexts(pd.DataFrame([ESSAYS]), tokenizer, 176, [0])
 
 
 def test_the_hub_is_asked_for_kvpress_repositories(monkeypatch):

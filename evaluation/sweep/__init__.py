@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,9 +28,11 @@ from tqdm import tqdm
 
 from evaluation.cli import Parser, fail
 from evaluation.config import EvaluationConfig
-from evaluation.grid import read_grid
-from evaluation.results import find_results, remove_leftovers, write_files
-from evaluation.runners import Failed, Outcomes, RunnerError, run_here, run_on_ray
+from evaluation.files import remove_leftovers, write_file
+from evaluation.results import find_results, write_files
+from evaluation.sweep.grid import read_grid
+from evaluation.sweep.here import Failed, Outcomes, RunnerError, run_here
+from evaluation.sweep.on_ray import run_on_ray
 
 PROG = "python -m evaluation sweep"
 
@@ -126,8 +127,7 @@ def sweep(
             if isinstance(outcome, Failed):
                 n_failed += 1
                 record = {"cell": config.folder_name(), "config": config.record(), **dataclasses.asdict(outcome)}
-                errors.mkdir(exist_ok=True)
-                _write(_error_file(folder, config), json.dumps(record, indent=4, default=str) + "\n")
+                write_file(_error_file(folder, config), json.dumps(record, indent=4, default=str) + "\n")
                 line = f"Failed: {config.folder_name()}: {' '.join(outcome.error.split())}"
                 progress.write(line, file=sys.stderr)
             else:
@@ -206,11 +206,4 @@ def _write_copy(file: Path, text: str) -> None:
             return
         earlier = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(1))
         os.rename(file, next(place for place in earlier if not place.exists()))
-    _write(file, text)
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    write_file(file, text)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""All comparisons of a folder of runs, sorted into benchmarks."""
+"""All comparisons of a folder of runs, sorted into benchmarks, and what they come to."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from evaluation.collect import Results
-from evaluation.compare import ALL_TASKS, compare_twins
-from evaluation.runs import PREFIXES, Run, direction_of
-from evaluation.tables import ALPHA
+from evaluation.report.compare import ALL_TASKS, compare_twins, describe
+from evaluation.report.runs import PREFIXES, Results, Run, direction_of
+from evaluation.report.tables import ALPHA
 
 KIND_ORDER = ("full", "bare", *PREFIXES)
 """How tables and legends sort."""
@@ -54,12 +53,7 @@ class Benchmark:
 
 def compare_all(results: Results) -> tuple[list[Benchmark], list[str]]:
     """
-    Sort runs into benchmarks, and compare those of each.
-
-    Returns
-    -------
-    tuple[list of Benchmark, list of str]
-        The benchmarks, and what a reader should know.
+    Sort runs into benchmarks, and compare those of each. Beside the benchmarks, what a reader should know.
 
     Raises
     ------
@@ -96,6 +90,11 @@ def compare_all(results: Results) -> tuple[list[Benchmark], list[str]]:
     return benchmarks, list(dict.fromkeys(notes))
 
 
+def all_tables(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
+    """The comparisons of all benchmarks."""
+    return pd.concat([benchmark.table for benchmark in benchmarks], ignore_index=True)
+
+
 def summarize(table: pd.DataFrame) -> pd.DataFrame:
     """One row for each comparison and metric: that of all tasks, or of the only one."""
     keys = ["benchmark", "press", "kind", "level", "metric"]
@@ -108,13 +107,7 @@ def score_table(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
     rows = []
     for benchmark in benchmarks:
         for run in benchmark.runs:
-            about = {
-                "benchmark": benchmark.label,
-                "press": run.press,
-                "kind": run.label,
-                "level": run.level,
-                "compression_ratio": run.ratio,
-            }
+            about = {"benchmark": benchmark.label, "press": run.press, **describe(run)}
             for metric, column in run.scores.items():
                 for task, values in column.groupby(run.predictions["task"]):
                     mean = {"n_samples": int(values.count()), "mean": float(values.mean())}
@@ -124,7 +117,7 @@ def score_table(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
 
 
 def verdict_on(summary: pd.DataFrame) -> str:
-    """What a summary comes to, in a sentence: merged and re-fitted runs apart."""
+    """What a summary comes to, in a sentence: the kinds of our presses apart."""
     if not len(summary):
         return "There is no merged run with a bare run to compare with."
     parts = []

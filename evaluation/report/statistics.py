@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy.stats import bootstrap, permutation_test
 
 N_RESAMPLES = 9999
@@ -77,6 +78,31 @@ def paired_difference(tasks: Sequence[Any], seed: int = 0) -> PairedDifference:
     return _difference(samples, seed)
 
 
+def means_with_intervals(scores: pd.DataFrame, seed: int) -> dict[str, Any]:
+    """
+    Mean of each metric over the samples, with a 95 % bootstrap interval (percentiles) of that mean.
+
+    Parameters
+    ----------
+    scores : pd.DataFrame
+        One row for each sample, one column for each metric.
+    seed : int
+        Draws the bootstrap samples.
+
+    Returns
+    -------
+    dict
+        ``{metric: mean, f"{metric}_interval": [low, high]}``; no interval if there is one sample only.
+    """
+    metrics: dict[str, Any] = {}
+    for name, column in scores.items():
+        values = column.to_numpy()
+        metrics[str(name)] = float(values.mean())
+        if len(values) > 1:
+            metrics[f"{name}_interval"] = list(_interval([values], seed, n_resamples=2000))
+    return metrics
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """
     Holm's step-down correction for several tests.
@@ -106,19 +132,24 @@ def _difference(samples: list[np.ndarray], seed: int) -> PairedDifference:
     mean = math.fsum(math.fsum(task) / task.size for task in samples) / len(samples)
     low = high = math.nan
     if all(task.size > 1 for task in samples):
-        interval = bootstrap(
-            samples,
-            _mean_of_means,
-            n_resamples=N_RESAMPLES,
-            vectorized=True,
-            confidence_level=CONFIDENCE_LEVEL,
-            method="percentile",
-            # No more than some 10^7 numbers at a time.
-            batch=max(1, 10**7 // max(task.size for task in samples)),
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-        low, high = float(interval.low), float(interval.high)
+        low, high = _interval(samples, seed)
     return PairedDifference(mean + 0.0, low + 0.0, high + 0.0, _sign_flip_p_value(samples, seed))
+
+
+def _interval(samples: Sequence[np.ndarray], seed: int, n_resamples: int = N_RESAMPLES) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of the tasks' means."""
+    interval = bootstrap(
+        samples,
+        _mean_of_means,
+        n_resamples=n_resamples,
+        vectorized=True,
+        confidence_level=CONFIDENCE_LEVEL,
+        method="percentile",
+        # No more than some 10^7 numbers at a time.
+        batch=max(1, 10**7 // max(task.size for task in samples)),
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def _sign_flip_p_value(samples: list[np.ndarray], seed: int) -> float:

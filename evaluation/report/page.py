@@ -1,0 +1,174 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""One HTML page with all of a report, plots included: it needs no other file and no network."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from evaluation.report.compare import ALL_TASKS
+from evaluation.report.plots import Plot, Styles, plot_heat_map, plot_lines, save
+from evaluation.report.runs import PREFIXES, Results, Run, direction_of
+from evaluation.report.summary import Benchmark, all_tables, summarize, verdict_on
+from evaluation.report.tables import ALPHA, arrow, number, p_value
+from kvpress_merging import __version__
+
+
+def render_page(
+    folder: Path, results: Results, benchmarks: Sequence[Benchmark], notes: Sequence[str], scores: pd.DataFrame
+) -> str:
+    """The page as HTML, with the plots, which are written to ``folder`` too. All text but their SVG is escaped."""
+    runs = results.runs
+    presses = sorted({run.press for run in runs if run.kind != "full"})
+    styles = Styles(presses, sorted({run.label for run in runs}))
+    sections = []
+    for benchmark in benchmarks:
+        plots = [
+            {"title": plot.title, "svg": save(plot, folder), "wide": plot.figure.get_size_inches()[0] > 6}
+            for plot in draw(benchmark, styles)
+        ]
+        tasks = benchmark.table if (benchmark.table["task"] == ALL_TASKS).any() else benchmark.table.head(0)
+        summary = summarize(benchmark.table)
+        sections.append(
+            {"label": benchmark.label, "slug": benchmark.slug, "plots": plots, "summary": summary, "tasks": tasks}
+        )
+    summary = summarize(all_tables(benchmarks))
+    drawn = [row for benchmark in benchmarks for row in benchmark.references]
+    models = ", ".join(dict.fromkeys(str(run.config.get("model")) for run in runs))
+    verdicts = summary["verdict"].value_counts()
+    environment = Environment(
+        loader=PackageLoader("evaluation.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        arrow=arrow, number=number, p_value=p_value, sort_key=_sort_key, sorts_as=_sorts_as, records=_records
+    )
+    return environment.get_template("report.html.j2").render(
+        title="What merging changes",
+        subtitle=f"kvpress presses with and without kvpress-merging, on {models}",
+        tiles=[
+            ("runs", len(runs)),
+            ("comparisons", len(summary)),
+            ("better than bare", int(verdicts.get("better", 0))),
+            ("worse than bare", int(verdicts.get("worse", 0))),
+            ("failed runs", len(results.errors)),
+        ],
+        verdict=verdict_on(summary),
+        notes=list(notes),
+        benchmarks=sections,
+        scores=scores,
+        references=[
+            {
+                **{name: "" if row.get(name) is None else row[name] for name in ("data_dir", "model")},
+                **{name: row[name] for name in ("press_name", "dataset", "compression_ratio", "score")},
+                "source": str(row["source"]),
+                "drawn": row in drawn,
+            }
+            for row in results.references
+        ],
+        errors=results.errors,
+        versions=_versions(runs),
+        settings=_values([{name: value for name, value in run.config.items() if name != "versions"} for run in runs]),
+        alpha=ALPHA,
+    )
+
+
+def draw(benchmark: Benchmark, styles: Styles) -> list[Plot]:
+    """The plots of one benchmark: scores and times against the ratio, and the differences."""
+    runs, metric = benchmark.runs, benchmark.metric
+    name = "KL from the full cache, nats" if metric == "kl" else metric
+    name_and_arrow = f"{name} {arrow(direction_of(metric))}"
+    is_fidelity = runs[0].config["dataset"] == "fidelity"
+    time = "prefill_seconds" if is_fidelity else "seconds"
+    scores = [_mean_of_tasks(run, metric) for run in runs]
+    seconds = [run.predictions[time].median() if time in run.predictions else float("nan") for run in runs]
+    references = [{**row, "press": _without_prefix(str(row["press_name"]))} for row in benchmark.references]
+    time_label = f"seconds {'of a prefill' if is_fidelity else 'per sample'}, median"
+    rows = benchmark.table[(benchmark.table["metric"] == metric) & (benchmark.table["task"] != ALL_TASKS)]
+    plots = []
+    if figure := _against_ratio(runs, scores, styles, name_and_arrow, references):
+        plots.append(Plot(f"{benchmark.slug}-scores", "Scores against compression ratio", figure))
+    if figure := _against_ratio(runs, seconds, styles, time_label):
+        plots.append(Plot(f"{benchmark.slug}-times", "Times against compression ratio", figure))
+    if len(rows):
+        figure = plot_heat_map(rows, f"{name_and_arrow}, merged minus bare")
+        plots.append(Plot(f"{benchmark.slug}-differences", "Difference that merging makes, task by ratio", figure))
+    return plots
+
+
+def _against_ratio(
+    runs: Sequence[Run],
+    values: Sequence[float],
+    styles: Styles,
+    label: str,
+    references: Sequence[dict[str, Any]] = (),
+) -> Figure | None:
+    """A value of each run against its ratio; None where no run has one."""
+    rows = [(run.press, run.label, run.ratio, value) for run, value in zip(runs, values)]
+    points = pd.DataFrame(rows, columns=["press", "kind", "ratio", "value"])
+    if points["value"].isna().all():
+        return None
+    is_full = points["kind"] == "full"
+    full = points[is_full]["value"].dropna()
+    return plot_lines(
+        points[~is_full], styles, label, full=float(full.iloc[0]) if len(full) else None, references=references
+    )
+
+
+def _versions(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Of what made the report, and of what made the runs."""
+    own = {"python": platform.python_version(), "kvpress-merging": __version__}
+    own |= {name: version(name) for name in ("matplotlib", "pandas", "scipy")}
+    return [
+        *((f"report: {name}", value) for name, value in own.items()),
+        *((f"runs: {name}", value) for name, value in _values([run.config.get("versions") or {} for run in runs])),
+    ]
+
+
+def _values(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Each name with all of its values."""
+    names = dict.fromkeys(name for record in records for name in record)
+    return [(name, ", ".join(dict.fromkeys(str(record.get(name)) for record in records))) for name in names]
+
+
+def _mean_of_tasks(run: Run, metric: str) -> float:
+    if metric not in run.scores:
+        return float("nan")
+    return float(run.scores[metric].groupby(run.predictions["task"]).mean().mean())
+
+
+def _without_prefix(name: str) -> str:
+    for prefix in PREFIXES.values():
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return table.to_dict("records")
+
+
+def _sorts_as(text: Any, value: Any) -> bool:
+    """Whether a cell's text is sorted as its value would be, so that the page need not say the value too."""
+    try:
+        return float(text) == float(_sort_key(value))
+    except ValueError:
+        return str(text) == _sort_key(value)
+
+
+def _sort_key(value: Any) -> str:
+    """What a cell is sorted by; nothing for NaN, which comes last."""
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.8g}"
+    return str(value)
