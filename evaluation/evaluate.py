@@ -9,20 +9,21 @@ import copy
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from kvpress import BasePress, DecodingPress, FinchPress, KVPressTextGenerationPipeline
+from kvpress import BasePress, DecodingPress, FinchPress
 from tqdm import tqdm
 from transformers import FineGrainedFP8Config, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from evaluation.benchmarks import fidelity
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate_registry import DATASET_REGISTRY, SCORER_REGISTRY
+from evaluation.likelihood import METRICS, LikelihoodPipeline, Reading, answer_kl, answer_nll, references_of
 from evaluation.models import load_model
 from evaluation.presses import choose_attention, configure_press, given_model_kwargs
 from evaluation.report.statistics import means_with_intervals
@@ -118,6 +119,8 @@ def load_samples(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
         samples = samples.sample(frac=config.fraction, random_state=config.seed)
     if samples.empty:
         raise ValueError(f"there are no samples: --fraction {config.fraction} of too few, or an empty dataset")
+    if config.max_new_tokens == 0 and not any(references_of(samples)):
+        raise ValueError(f"--max_new_tokens 0: the dataset {config.dataset} has no reference answers to measure")
     return samples
 
 
@@ -159,8 +162,11 @@ def measure(evaluation: Evaluation) -> tuple[pd.DataFrame, dict[str, Any]]:
             predictions = fidelity.measure_windows(evaluation.model, press, evaluation.samples, quiet=config.quiet)
             return predictions, {fidelity.TASK: means_with_intervals(fidelity.score(predictions), config.seed)}
         predictions = answer(evaluation)
-    scores = SCORER_REGISTRY[config.dataset](predictions)
+    scores = predictions[[]] if config.max_new_tokens == 0 else SCORER_REGISTRY[config.dataset](predictions)
+    likelihood = predictions[[name for name in METRICS if name in predictions]]
+    # Percentages are rounded as kvpress rounds them.
     means = scores.groupby(predictions["task"]).mean().round(2)
+    means = means.join(likelihood.groupby(predictions["task"]).mean())
     metrics = {str(task): row.dropna().to_dict() for task, row in means.iterrows()}
     return predictions.join(scores), metrics
 
@@ -185,12 +191,12 @@ def answer(evaluation: Evaluation) -> pd.DataFrame:
         # A model on several devices has been put there already.
         device = None if hasattr(evaluation.model, "hf_device_map") else evaluation.model.device
         kwargs: dict[str, Any] = {"model": evaluation.model, "tokenizer": tokenizer, "device": device}
-        generate = KVPressTextGenerationPipeline(**kwargs)
+        pipeline = LikelihoodPipeline(**kwargs)
         by = ["sample"] if isinstance(press, DecodingPress) else ["context", "answer_prefix", "max_new_tokens"]
         answers = []
         with tqdm(total=len(samples), desc=config.dataset, unit="sample", disable=config.quiet, leave=None) as progress:
             for _, group in samples.groupby(by, sort=False, dropna=False):
-                answers.append(answer_about(group, press, generate, config))
+                answers.append(answer_about(group, press, pipeline, config))
                 progress.update(len(group))
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -198,7 +204,7 @@ def answer(evaluation: Evaluation) -> pd.DataFrame:
 
 
 def answer_about(
-    questions: pd.DataFrame, press: BasePress | None, generate: Callable[..., Any], config: EvaluationConfig
+    questions: pd.DataFrame, press: BasePress | None, pipeline: LikelihoodPipeline, config: EvaluationConfig
 ) -> pd.DataFrame:
     """
     Have the model answer questions about one context, over one prefill with one press.
@@ -209,30 +215,43 @@ def answer_about(
         Samples that share their context, answer prefix and length of an answer.
     press : BasePress or None
         None for the full cache.
-    generate : KVPressTextGenerationPipeline
+    pipeline : LikelihoodPipeline
         Holds the model and its tokenizer.
     config : EvaluationConfig
-        May set the lengths of answers and contexts.
+        May set the lengths of answers and contexts. With ``answer_kl`` the context is prefilled once more, without the
+        press.
 
     Returns
     -------
     pd.DataFrame
-        For each question ``predicted_answer``, ``compression_ratio`` and ``seconds``, the wall-clock time of the
-        prefill and all answers, shared out evenly.
+        For each question ``predicted_answer`` (missing with 0 new tokens), ``compression_ratio``, ``seconds``, the
+        wall-clock time of the prefill and all answers, shared out evenly, and, where there are reference answers,
+        ``answer_nll`` and ``answer_kl``. Reading these is not in the seconds.
     """
     first = questions.iloc[0]
+    references = references_of(questions)
+    asked: dict[str, Any] = {
+        "questions": questions["question"].to_list(),
+        "answer_prefix": first["answer_prefix"],
+        "max_context_length": config.max_context_length,
+    }
+    max_new_tokens = int(first["max_new_tokens"]) if config.max_new_tokens is None else config.max_new_tokens
+    full: list[list[Reading]] | None = None
+    if config.answer_kl and press is not None:
+        _, full, _ = pipeline.ask(first["context"], references, max_new_tokens=0, **asked)
     started = time.perf_counter()
-    output = generate(
-        first["context"],
-        questions=questions["question"].to_list(),
-        answer_prefix=first["answer_prefix"],
-        press=press,
-        max_new_tokens=config.max_new_tokens or int(first["max_new_tokens"]),
-        max_context_length=config.max_context_length,
+    answers, readings, seconds_of_reading = pipeline.ask(
+        first["context"], references, press=press, max_new_tokens=max_new_tokens, **asked
     )
-    seconds = (time.perf_counter() - started) / len(questions)
+    seconds = (time.perf_counter() - started - seconds_of_reading) / len(questions)
     ratio = 0.0 if press is None else getattr(press, "compression_ratio", float("nan"))
-    row = {"predicted_answer": output["answers"], "compression_ratio": ratio, "seconds": seconds}
+    row: dict[str, Any] = {"predicted_answer": answers, "compression_ratio": ratio, "seconds": seconds}
+    if max_new_tokens == 0:
+        del row["predicted_answer"]
+    if any(references):
+        row["answer_nll"] = [answer_nll(of_question) for of_question in readings]
+        if config.answer_kl:
+            row["answer_kl"] = [answer_kl(*pair) for pair in zip(full or readings, readings)]
     return pd.DataFrame(row, index=questions.index)
 
 

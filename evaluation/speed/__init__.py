@@ -71,7 +71,9 @@ class SpeedArguments:
     prefill: list[int] = field(
         default_factory=list, metadata={"help": "Tokens of whole prefills to time, for instance 1024 4096 8192."}
     )
-    model: str = field(default=BUILT_IN_MODEL, metadata={"help": "For --prefill: smollm2, a hub id or a folder."})
+    model: str = field(
+        default=BUILT_IN_MODEL, metadata={"help": "For --prefill: a built-in model, a folder or a hub id."}
+    )
     repeats: int = field(default=3, metadata={"help": "Rounds after one to warm up."})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves PyTorch's choice."})
     tile_bytes: int = field(default=DEFAULT_TILE_BYTES, metadata={"help": "Most bytes of one tile of cosines."})

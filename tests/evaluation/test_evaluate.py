@@ -106,9 +106,11 @@ def test_a_run_writes_configuration_predictions_and_metrics(model, tokenizer, tm
     assert (predictions["compression_ratio"] == 0.5).all()
     assert (predictions["seconds"] > 0).all()
     assert all(len(json.loads(answers)) in (1, 4) for answers in predictions["answer"])
-    assert json.loads((folder / "metrics.json").read_text()) == {
-        task: {"string_match": rows["string_match"].mean()} for task, rows in predictions.groupby("task")
-    }
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {"niah_single_1", "niah_multivalue"}
+    for task, rows in predictions.groupby("task"):
+        means = {name: rows[name].mean() for name in ("string_match", "answer_nll")}
+        assert metrics[task] == pytest.approx(means)
     record = yaml.safe_load((folder / "config.yaml").read_text())
     assert record["press_init_command"] == str(MergingPress(KnormPress(0.5)))
     assert set(record["versions"]) >= {"python", "torch", "transformers", "kvpress", "kvpress-merging", "dtype"}
@@ -358,6 +360,8 @@ def test_metrics_are_means_over_a_tasks_samples(model, tokenizer, questions, mon
     )
     monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda tokenizer: questions.assign(task=["a", "b", "a"]))
     predictions, metrics = measure(prepare(EvaluationConfig(dataset="ruler", quiet=True), model, tokenizer))
+    likelihood = {task: metrics[task].pop("answer_nll") for task in metrics}
+    assert likelihood == predictions.groupby("task")["answer_nll"].mean().to_dict()
     assert metrics == {"a": {"points": 21.67}, "b": {"points": 20.0, "bonus": 1.0}}
     assert predictions.sort_index()["points"].tolist() == scores["points"]
 

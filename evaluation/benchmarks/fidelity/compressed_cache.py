@@ -13,7 +13,7 @@ import torch
 from kvpress import BasePress, RestoreKVPress
 from kvpress.utils import extract_keys_and_values
 from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from evaluation.text import Window
 from kvpress_merging.checks import rotates_keys
@@ -51,7 +51,7 @@ def prefill(model: PreTrainedModel, window: Window, press: BasePress | None) -> 
 
 
 def read_continuation(
-    model: PreTrainedModel, continuation_ids: torch.Tensor, cache: DynamicCache, start: int
+    model: PreTrainedModel, continuation_ids: torch.Tensor, cache: Cache, start: int, logits_to_keep: int = 0
 ) -> torch.Tensor:
     """
     Feed tokens over a cache in one forward pass.
@@ -62,10 +62,12 @@ def read_continuation(
         The one that filled the cache.
     continuation_ids : torch.Tensor
         Token ids, int64, shape ``(1, n_tokens)``.
-    cache : DynamicCache
+    cache : Cache
         Grows by the tokens. Its layers may differ in length.
     start : int
         Position of the first token. A compressed cache is shorter than the text it stands for, so it cannot tell.
+    logits_to_keep : int
+        Make logits of the last so many tokens only; by default of all.
 
     Returns
     -------
@@ -76,7 +78,10 @@ def read_continuation(
     position_ids = torch.arange(start, start + n_tokens, device=model.device)[None]
     with _masks_of_each_layer(model, cache):
         return model(
-            input_ids=continuation_ids.to(model.device), past_key_values=cache, position_ids=position_ids
+            input_ids=continuation_ids.to(model.device),
+            past_key_values=cache,
+            position_ids=position_ids,
+            logits_to_keep=logits_to_keep,
         ).logits
 
 
@@ -108,7 +113,7 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _masks_of_each_layer(model: PreTrainedModel, cache: DynamicCache) -> Iterator[None]:
+def _masks_of_each_layer(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
     """
     Give each layer an attention mask of its own: causal over its cache, without the positions that a press masked.
 

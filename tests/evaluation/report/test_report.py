@@ -146,7 +146,7 @@ def test_what_runs_write_is_what_a_report_reads(tmp_path, capsys):
     main(["report", str(tmp_path / "results")])
     table = pd.read_csv(tmp_path / "results" / "report" / "comparisons.csv")
     assert table["metric"].value_counts().to_dict() == {
-        "string_match": 3, "kl": 1, "nll_increase": 1, "top1_agreement": 1, "attention_error": 1,
+        "string_match": 3, "answer_nll": 3, "kl": 1, "nll_increase": 1, "top1_agreement": 1, "attention_error": 1,
     }  # fmt: skip
     kl = table.set_index("metric").loc["kl"]
     folders = {
