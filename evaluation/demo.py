@@ -29,16 +29,8 @@ from evaluation.report.runs import Run, read_results
 from evaluation.report.summary import compare_all, summarize
 from evaluation.report.tables import show
 
-PRESSES = {
-    "knorm": ("knorm", "merging_knorm", "matching_knorm"),
-    "expected_attention_head": (
-        "expected_attention_head",
-        "merging_expected_attention",
-        "matching_expected_attention",
-    ),
-    "snapkv": ("snapkv", "merging_snapkv", "matching_snapkv"),
-}
-"""What is compared: a press's name in the registry, alone, with merging and with matching."""
+PRESSES = {"knorm": "knorm", "expected_attention_head": "expected_attention", "snapkv": "snapkv"}
+"""What is compared: a press by its name in the registry, and by that after ``merging_`` and ``matching_``."""
 
 COMPRESSION_RATIOS = (0.5, 0.75)
 """The ratios measured; the needle is asked for at the first."""
@@ -119,11 +111,11 @@ def main(argv: Sequence[str]) -> None:
 def measure(config: DemoConfig) -> tuple[list[Run], pd.DataFrame, Any]:
     """The runs of the demo, the comparisons of their KL divergences, and the plot of these."""
     model, tokenizer = load_model(config.model, device=config.device)
-    ours = [name for names in PRESSES.values() for name in names]
+    names = [name for bare, inner in PRESSES.items() for name in (bare, f"merging_{inner}", f"matching_{inner}")]
     lengths = {"data_dir": config.context_length, "continuation_length": config.continuation_length}
     windows = {"dataset": "fidelity", "n_samples": config.n_contexts, **lengths}
-    cells = [{"press_name": name, **windows, "compression_ratio": r} for name in ours for r in COMPRESSION_RATIOS]
-    needles = [{"press_name": name, **NEEDLE, "max_new_tokens": 24} for name in (NO_PRESS, *ours)]
+    cells = [{"press_name": name, **windows, "compression_ratio": r} for name in names for r in COMPRESSION_RATIOS]
+    needles = [{"press_name": name, **NEEDLE, "max_new_tokens": 24} for name in (NO_PRESS, *names)]
     with tempfile.TemporaryDirectory() as folder:
         shared = {"model": config.model, "text_file": config.text_file, "seed": config.seed, "output_dir": folder}
         # Needles first: the first prefill pays for allocations and thread pools, which is no press's fault.

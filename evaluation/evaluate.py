@@ -34,22 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Evaluation:
-    """
-    All that a run needs: made by ``prepare``, spent by ``measure``.
-
-    Parameters
-    ----------
-    config : EvaluationConfig
-        What is measured.
-    press : BasePress or None
-        Configured; None for the full cache.
-    model : PreTrainedModel
-        In eval mode.
-    tokenizer : PreTrainedTokenizerBase
-        The model's.
-    samples : pd.DataFrame
-        One row for each sample.
-    """
+    """All that a run needs, made by ``prepare`` and spent by ``measure``. Without a press, the full cache is meant."""
 
     config: EvaluationConfig
     press: BasePress | None
@@ -64,15 +49,7 @@ def run(
     """
     Measure what a configuration says, with a model that is loaded already or not, and write the results.
 
-    Returns
-    -------
-    Path
-        The folder with ``config.yaml``, ``predictions.csv`` and ``metrics.json``.
-
-    Raises
-    ------
-    ValueError, ModelUnavailableError, DatasetUnavailableError, OSError
-        See ``prepare``.
+    Out comes the folder with ``config.yaml``, ``predictions.csv`` and ``metrics.json``. For errors see ``prepare``.
     """
     evaluation = prepare(config, model, tokenizer)
     predictions, metrics = measure(evaluation)
@@ -88,7 +65,7 @@ def prepare(
     Raises
     ------
     ValueError
-        If settings do not go together, or a text is too short for them.
+        If settings do not go together, a text is too short for them, or there is no GPU to quantize the model on.
     ModelUnavailableError
         If the model cannot be loaded.
     DatasetUnavailableError
@@ -125,16 +102,7 @@ def load_samples(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
 
 
 def load(config: EvaluationConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """
-    Load the model that a configuration names, and its tokenizer.
-
-    Raises
-    ------
-    ValueError
-        If it is to be quantized and there is no GPU.
-    ModelUnavailableError
-        If it cannot be loaded.
-    """
+    """Load the model that a configuration names, and its tokenizer; see ``prepare`` for errors."""
     kwargs = given_model_kwargs(config)
     if config.fp8:
         if not torch.cuda.is_available():
@@ -175,12 +143,8 @@ def answer(evaluation: Evaluation) -> pd.DataFrame:
     """
     Have the model answer the samples' questions, through kvpress's pipeline.
 
-    Questions about one context are asked over one prefill, except with a press that evicts while decoding.
-
-    Returns
-    -------
-    pd.DataFrame
-        The samples without their contexts, with what ``answer_about`` gives.
+    Questions about one context are asked over one prefill, except with a press that evicts while decoding. Out come the
+    samples without their contexts, with what ``answer_about`` gives.
     """
     config, press, samples = evaluation.config, evaluation.press, evaluation.samples.copy()
     with _delimiter_for(press, evaluation.model, evaluation.tokenizer) as (tokenizer, delimiter):
@@ -209,24 +173,11 @@ def answer_about(
     """
     Have the model answer questions about one context, over one prefill with one press.
 
-    Parameters
-    ----------
-    questions : pd.DataFrame
-        Samples that share their context, answer prefix and length of an answer.
-    press : BasePress or None
-        None for the full cache.
-    pipeline : LikelihoodPipeline
-        Holds the model and its tokenizer.
-    config : EvaluationConfig
-        May set the lengths of answers and contexts. With ``answer_kl`` the context is prefilled once more, without the
-        press.
-
-    Returns
-    -------
-    pd.DataFrame
-        For each question ``predicted_answer`` (missing with 0 new tokens), ``compression_ratio``, ``seconds``, the
-        wall-clock time of the prefill and all answers, shared out evenly, and, where there are reference answers,
-        ``answer_nll`` and ``answer_kl``. Reading these is not in the seconds.
+    The questions share the length of an answer too; ``pipeline`` holds the model and its tokenizer. Out come for each
+    question ``predicted_answer`` (missing with 0 new tokens), ``compression_ratio``, ``seconds``, the wall-clock time
+    of the prefill and all answers, shared out evenly, and where there are reference answers ``answer_nll``, and
+    ``answer_kl`` if that is asked for: the context is then prefilled once more, without the press. Reading reference
+    answers is not in the seconds.
     """
     first = questions.iloc[0]
     references = references_of(questions)

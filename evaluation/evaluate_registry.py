@@ -4,24 +4,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 
 import pandas as pd
-from kvpress import (
-    AdaKVPress,
-    BasePress,
-    CAMPress,
-    DecodingPress,
-    ExpectedAttentionPress,
-    KeyDiffPress,
-    KnormPress,
-    QFilterPress,
-    SnapKVPress,
-    StreamingLLMPress,
-    ThinKPress,
-    TOVAPress,
-)
+from kvpress import BasePress, CAMPress, DecodingPress, ExpectedAttentionPress, ThinKPress
 
 from evaluation.benchmarks import fidelity, longbench, needle_in_haystack, ruler, ruler_synthetic
 from evaluation.cli import closest
@@ -30,7 +18,7 @@ from kvpress_merging import PRESS_REGISTRY as MERGING_PRESSES
 from kvpress_merging.registry import PREFILL_PRESSES, PressRegistry
 
 DATASET_REGISTRY: dict[str, Callable[..., pd.DataFrame]] = {
-    "ruler-synthetic": ruler_synthetic.load_ruler_synthetic,
+    "ruler-synthetic": ruler_synthetic.generate,
     "fidelity": fidelity.load_windows,
     "ruler": ruler.load_ruler,
     "longbench": longbench.load_longbench,
@@ -50,25 +38,27 @@ SCORER_REGISTRY: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 }
 """Dataset to what scores its predictions: from the table of predictions, one with a column for each metric."""
 
+
+def _around(wrapper: Callable[..., BasePress], name: str) -> BasePress:
+    return wrapper(base_press=PREFILL_PRESSES[name]())
+
+
 # kvpress's own names and settings.
 _BARE_PRESSES: dict[str, Callable[[], BasePress]] = {
     **PREFILL_PRESSES,
     # The press inside merging_expected_attention alone: kvpress's expected_attention is this one within an AdaKVPress.
     "expected_attention_head": lambda: ExpectedAttentionPress(epsilon=1e-2),
     "think": ThinKPress,
-    "cam_adakv_snapkv": lambda: CAMPress(base_press=AdaKVPress(SnapKVPress())),
-    "cam_knorm": lambda: CAMPress(base_press=KnormPress()),
-    "cam_streaming_llm": lambda: CAMPress(base_press=StreamingLLMPress()),
-    "cam_tova": lambda: CAMPress(base_press=TOVAPress()),
-    "decoding_adakv_expected_attention_e2": lambda: DecodingPress(
-        base_press=AdaKVPress(ExpectedAttentionPress(epsilon=1e-2))
-    ),
-    "decoding_adakv_snapkv": lambda: DecodingPress(base_press=AdaKVPress(SnapKVPress())),
-    "decoding_keydiff": lambda: DecodingPress(base_press=KeyDiffPress()),
-    "decoding_knorm": lambda: DecodingPress(base_press=KnormPress()),
-    "decoding_qfilter": lambda: DecodingPress(base_press=QFilterPress()),
-    "decoding_streaming_llm": lambda: DecodingPress(base_press=StreamingLLMPress()),
-    "decoding_tova": lambda: DecodingPress(base_press=TOVAPress()),
+    **{
+        f"cam_{name}": functools.partial(_around, CAMPress, name)
+        for name in ("adakv_snapkv", "knorm", "streaming_llm", "tova")
+    },
+    **{
+        f"decoding_{name}": functools.partial(_around, DecodingPress, name)
+        for name in ("adakv_snapkv", "keydiff", "knorm", "qfilter", "streaming_llm", "tova")
+    },
+    # kvpress's name for the press that is expected_attention alone.
+    "decoding_adakv_expected_attention_e2": lambda: _around(DecodingPress, "expected_attention"),
 }
 
 # Only ever read: a ChainMap writes to its first map alone, and these have no way to be written.

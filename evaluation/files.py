@@ -40,10 +40,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     """
     Have ``write`` fill a new folder, given the path to write to.
 
-    Returns
-    -------
-    Path
-        The folder that appeared: ``folder``, or where that is there and not empty, its sub-folder ``1``, or ``2`` ...
+    Out comes the folder that appeared: ``folder``, or where that is there and not empty, its sub-folder ``1``, ``2``...
     """
     with _beside(folder) as temporary:
         temporary.mkdir()

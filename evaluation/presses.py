@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,10 +50,8 @@ def configure_press(config: EvaluationConfig) -> BasePress | None:
     """
     Make the press that a configuration names, and set its fields as kvpress's evaluation sets those of the bare one.
 
-    Raises
-    ------
-    ValueError
-        If there is no such press, it needs a setting that is not there, cannot use one that is, or refuses a value.
+    A ValueError says if there is no such press, or it needs a setting that is not there, cannot use one that is, or
+    refuses a value.
     """
     check_names(config)
     press = PRESS_REGISTRY[config.press_name]
@@ -88,6 +88,17 @@ def configure_press(config: EvaluationConfig) -> BasePress | None:
             f"the dataset fidelity needs a press that evicts at prefill without a question, not {config.press_name}"
         )
     return press
+
+
+@contextlib.contextmanager
+def unused_presses() -> Iterator[None]:
+    """Presses that are made only to be looked at have nothing to warn of: they will when they are used."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
 
 
 def choose_attention(config: EvaluationConfig, press: BasePress | None, model: PreTrainedModel) -> str:

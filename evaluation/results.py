@@ -44,24 +44,9 @@ def write_files(
     """
     Write the three files into a folder of their own, which appears whole or not at all.
 
-    The folder is never one that is there already: a second run of the same configuration goes to a sub-folder ``1``,
-    a third to ``2``.
-
-    Parameters
-    ----------
-    config : EvaluationConfig
-        What was measured; ``output_dir`` says where the folder goes.
-    versions : dict
-        What ``describe_versions`` says.
-    predictions : pd.DataFrame
-        One row for each sample. Lists are written as JSON.
-    metrics : dict
-        ``{task: {name: value}}``.
-
-    Returns
-    -------
-    Path
-        The folder.
+    The folder goes to ``config.output_dir`` and is never one that is there already: a second run of the same
+    configuration goes to a sub-folder ``1``, a third to ``2``. Versions are what ``describe_versions`` says, lists in
+    the predictions are written as JSON, and metrics are ``{task: {name: value}}``.
     """
     table = predictions.copy()
     for name in table.select_dtypes("object").columns:

@@ -75,12 +75,8 @@ def read_config_file(file: str | Path) -> list[str]:
     """
     A YAML file's settings, as the flags that say the same.
 
-    What a saved configuration has beside its settings is passed over, and so are settings without a value.
-
-    Raises
-    ------
-    ValueError
-        If the file does not exist, is no mapping of settings to values, or has an unknown setting.
+    What a saved configuration has beside its settings is passed over, and so are settings without a value. A ValueError
+    says if the file does not exist, is no mapping of settings to values, or has an unknown setting.
     """
     try:
         settings = read_mapping(Path(file).expanduser())

@@ -20,15 +20,8 @@ class Window:
     """
     A stretch of a text: a context to prefill, and the tokens that truly follow it.
 
-    Parameters
-    ----------
-    context_ids : torch.Tensor
-        Token ids, int64, shape ``(1, context_length)``. They begin with the tokenizer's begin-of-sequence token if it
-        puts one before each text.
-    continuation_ids : torch.Tensor
-        Token ids that follow the context in the text, int64, shape ``(1, continuation_length)``.
-    start : int
-        Where in the text the window begins, in tokens.
+    Token ids, int64, shapes ``(1, context_length)`` and ``(1, continuation_length)``. A context begins with the
+    tokenizer's begin-of-sequence token if it puts one before each text; ``start`` is where in the text, in tokens.
     """
 
     context_ids: torch.Tensor
@@ -50,16 +43,7 @@ def built_in_text() -> str:
 
 
 def read_text(text_file: str | Path | None = None) -> str:
-    """
-    The user's text, or the built-in one if no file is given.
-
-    Raises
-    ------
-    ValueError
-        If the file is no UTF-8 text.
-    OSError
-        If it cannot be read.
-    """
+    """The user's text, or the built-in one if no file is given; a ValueError if that is no UTF-8 text."""
     if text_file is None:
         return built_in_text()
     try:
@@ -87,34 +71,12 @@ def cut_windows(
     """
     Cut windows out of a text, spread evenly from its first token to its last, none overlapping another.
 
-    The same text, tokenizer and lengths give the same windows.
+    The same text, tokenizer and lengths (in tokens) give the same windows, in the order of the text.
 
-    Parameters
-    ----------
-    text : str
-        Long enough for all the windows.
-    tokenizer : PreTrainedTokenizerBase
-        The model's.
-    n_windows : int
-        How many.
-    context_length, continuation_length : int
-        Tokens in each context and in each continuation.
-
-    Returns
-    -------
-    list[Window]
-        In the order of the text.
-
-    Raises
-    ------
-    ValueError
-        If a length is not positive, or the text is too short.
+    A ValueError says if a length is not positive, or the text is too short.
     """
-    for name, value in (
-        ("n_windows", n_windows),
-        ("context_length", context_length),
-        ("continuation_length", continuation_length),
-    ):
+    lengths = {"context_length": context_length, "continuation_length": continuation_length}
+    for name, value in {"n_windows": n_windows, **lengths}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     # verbose=False: the whole text is longer than the model's context, its windows are not.

@@ -22,29 +22,11 @@ class DatasetUnavailableError(RuntimeError):
 
 def load_hub_dataset(name: str, data_dir: str | None, columns: tuple[str, ...], *, quiet: bool = False) -> pd.DataFrame:
     """
-    Read the test split of a dataset.
+    Read the test split of one of ``REPOSITORIES``, lists as Python lists.
 
-    Parameters
-    ----------
-    name : str
-        One of ``REPOSITORIES``.
-    data_dir : str, optional
-        The repository's folder to read (for ``ruler`` the length, for ``longbench`` the task), or a folder on this
-        machine with the dataset's parquet files.
-    columns : tuple of str
-        The columns that the dataset must have.
-    quiet : bool
-        Without progress bars.
-
-    Returns
-    -------
-    pd.DataFrame
-        The rows, lists as Python lists.
-
-    Raises
-    ------
-    DatasetUnavailableError
-        If the dataset cannot be read, or lacks a column.
+    ``data_dir`` is the repository's folder to read (for ``ruler`` the length, for ``longbench`` the task), or a folder
+    on this machine with the dataset's parquet files. A DatasetUnavailableError says if it cannot be read, or lacks one
+    of the columns.
     """
     # A late import: it takes a second that the datasets made here do without.
     from datasets import disable_progress_bars, load_dataset

@@ -84,21 +84,9 @@ def score(predictions: pd.DataFrame) -> pd.DataFrame:
     """
     Score answers, each against the right answer that it comes nearest to.
 
-    Parameters
-    ----------
-    predictions : pd.DataFrame
-        Columns ``task``, ``answers`` (a list of strings), ``all_classes`` (a list of strings, or None) and
-        ``predicted_answer``.
-
-    Returns
-    -------
-    pd.DataFrame
-        For each sample a percentage in the column named after its task's metric; other columns hold NaN.
-
-    Raises
-    ------
-    ValueError
-        For a task whose metric is not known.
+    Of ``task``, ``answers`` (a list of strings), ``all_classes`` (a list of strings, or None) and ``predicted_answer``
+    comes a percentage for each sample, in the column named after its task's metric; other columns hold NaN.
+    A ValueError refuses a task whose metric is not known.
     """
     rows: list[dict[str, float]] = []
     for row in predictions.itertuples():
@@ -111,9 +99,8 @@ def score(predictions: pd.DataFrame) -> pd.DataFrame:
             name, metric = METRICS[row.task]
             scores = [metric(said, answer) for answer in row.answers]
         else:
-            raise ValueError(
-                f"there is no metric for LongBench's task {row.task!r}; known are trec, {', '.join(METRICS)}"
-            )
+            known = ", ".join(["trec", *METRICS])
+            raise ValueError(f"there is no metric for LongBench's task {row.task!r}; known are {known}")
         rows.append({name: 100 * max(scores)})
     return pd.DataFrame(rows, index=predictions.index)
 

@@ -38,28 +38,9 @@ def write_contexts(
     essays: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, max_context_length: int, depths: Sequence[int]
 ) -> pd.DataFrame:
     """
-    Put the needle into the essays, once for each depth.
+    Put the needle of the first row into its essays, once for each depth: so many percent of the way into them.
 
-    Parameters
-    ----------
-    essays : pd.DataFrame
-        Columns ``COLUMNS``; the first row is used.
-    tokenizer : PreTrainedTokenizerBase
-        Measures lengths.
-    max_context_length : int
-        Tokens of the whole context; the essays are cut to it.
-    depths : sequence of int
-        Percentages of the way into the essays.
-
-    Returns
-    -------
-    pd.DataFrame
-        One row for each depth, with the columns of ``essays``, ``needle_depth`` and ``task``.
-
-    Raises
-    ------
-    ValueError
-        If the length leaves no room for the essays.
+    They are cut to ``max_context_length`` tokens; a ValueError says if that leaves no room for them.
     """
     row = essays.iloc[0].to_dict()
     needle_ids = tokenizer.encode(row["needle"], add_special_tokens=False)
@@ -82,19 +63,7 @@ def write_contexts(
 
 
 def score(predictions: pd.DataFrame) -> pd.DataFrame:
-    """
-    ROUGE-1, ROUGE-2 and ROUGE-L between answers and needles.
-
-    Parameters
-    ----------
-    predictions : pd.DataFrame
-        Columns ``needle`` and ``predicted_answer``.
-
-    Returns
-    -------
-    pd.DataFrame
-        For each sample the three F1 scores of the ``rouge`` package, in percent; 0 for an empty answer.
-    """
+    """ROUGE-1, -2 and -L of answers and needles: F1 of the ``rouge`` package, in percent; 0 for an empty answer."""
     rouge = Rouge(metrics=list(_METRICS))
     rows = []
     for said, needle in zip(predictions["predicted_answer"], predictions["needle"]):

@@ -18,16 +18,7 @@ _CONTROL_CHARACTERS = dict.fromkeys(range(32))
 def load_ruler(
     tokenizer: PreTrainedTokenizerBase, *, data_dir: str | None, tasks: list[str] | None = None, quiet: bool = False
 ) -> pd.DataFrame:
-    """
-    Read the samples of one length, or those of some tasks.
-
-    Raises
-    ------
-    ValueError
-        If the dataset lacks a task.
-    DatasetUnavailableError
-        See ``load_hub_dataset``.
-    """
+    """Read the samples of one length, or those of some tasks; a ValueError if the dataset lacks a task."""
     samples = load_hub_dataset("ruler", data_dir, COLUMNS, quiet=quiet)
     if tasks is None:
         return samples
@@ -41,16 +32,8 @@ def string_match(predictions: pd.DataFrame) -> pd.DataFrame:
     """
     RULER's ``string_match``: the right answers that are found in what the model said, letter case aside.
 
-    Parameters
-    ----------
-    predictions : pd.DataFrame
-        Columns ``task``, ``answer`` (a list of strings) and ``predicted_answer``.
-
-    Returns
-    -------
-    pd.DataFrame
-        Column ``string_match``, for each sample: for the question-answering tasks (``qa_*``) 100 if any of the answers
-        is found, else 0; for the others, the percentage of the answers that are found.
+    For the question-answering tasks (``qa_*``) 100 if any of the strings in ``answer`` is found in
+    ``predicted_answer``, else 0; for the others, the percentage of them that are found.
     """
     scores = []
     for task, answers, said in zip(predictions["task"], predictions["answer"], predictions["predicted_answer"]):

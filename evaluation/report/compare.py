@@ -13,16 +13,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation.cli import Parser
-from evaluation.report.runs import (
-    IDENTITY,
-    LOWER_IS_BETTER,
-    PREFIXES,
-    Run,
-    direction_of,
-    is_twin,
-    read_results,
-    read_run,
-)
+from evaluation.report.runs import IDENTITY, PREFIXES, Run, direction_of, is_twin, read_results, read_run
 from evaluation.report.statistics import holm, paired_difference
 from evaluation.report.tables import ALPHA, show
 from evaluation.results import FILES
@@ -62,17 +53,8 @@ def compare_folders(first: Path, second: Path) -> tuple[pd.DataFrame, list[str]]
     """
     Compare two runs, or each run of one folder with that of another that has the same settings.
 
-    The same settings means the same press too, or else the bare press of a merged one.
-
-    Returns
-    -------
-    tuple[pd.DataFrame, list of str]
-        ``COLUMNS``, and what a reader should know.
-
-    Raises
-    ------
-    ValueError
-        If a folder holds no run, or there is nothing to compare.
+    The same settings means the same press too, or else the bare press of a merged one. Out come ``COLUMNS``, and what a
+    reader should know; a ValueError says if a folder holds no run, or there is nothing to compare.
     """
     if is_run(first) and is_run(second):
         runs = read_run(first), read_run(second)
@@ -116,16 +98,9 @@ def compare_runs(bare: Run, merged: Run, benchmark: str) -> pd.DataFrame:
     """
     Compare two runs on the samples that both have, task by task and over all tasks.
 
-    Returns
-    -------
-    pd.DataFrame
-        ``COLUMNS``, with ``benchmark`` as the name of what they measured. Holm's correction is over the tasks of one
-        metric; the row of all tasks is one test by itself, and left out where there is one task only.
-
-    Raises
-    ------
-    ValueError
-        If they share no sample or no metric, or a sample is not the same in both.
+    Out come ``COLUMNS``, with ``benchmark`` as the name of what they measured. Holm's correction is over the tasks of
+    one metric; the row of all tasks is one test by itself, and left out where there is one task only. A ValueError says
+    if they share no sample or no metric, or a sample is not the same in both.
     """
     shared = merged.scores.index.intersection(bare.scores.index)
     metrics = [name for name in merged.scores if name in bare.scores]
@@ -134,13 +109,8 @@ def compare_runs(bare: Run, merged: Run, benchmark: str) -> pd.DataFrame:
     _check_same_samples(bare, merged, shared)
     rows = []
     for metric in metrics:
-        pairs = pd.DataFrame(
-            {
-                "task": merged.predictions.loc[shared, "task"],
-                "bare": bare.scores.loc[shared, metric],
-                "merged": merged.scores.loc[shared, metric],
-            }
-        )
+        pairs = pd.DataFrame({"task": merged.predictions.loc[shared, "task"]})
+        pairs = pairs.assign(bare=bare.scores.loc[shared, metric], merged=merged.scores.loc[shared, metric])
         pairs = pairs[np.isfinite(pairs[["bare", "merged"]]).all(axis=1)]
         tasks = [(str(task), group) for task, group in pairs.groupby("task")]
         own = [_row(task, [group], str(metric)) for task, group in tasks]
@@ -198,24 +168,15 @@ def _check_same_samples(bare: Run, merged: Run, shared: pd.Index) -> None:
 def _row(task: str, groups: list[pd.DataFrame], metric: str) -> dict[str, Any]:
     differences = [(group["merged"] - group["bare"]).to_numpy() for group in groups]
     differences = [np.where(np.abs(of_task) < _TIE, 0.0, of_task) for of_task in differences]
-    gains = np.concatenate(differences) * (-1 if metric in LOWER_IS_BETTER else 1)
+    gains = np.concatenate(differences) * (-1 if direction_of(metric).startswith("lower") else 1)
     result = paired_difference(differences)
     return {
-        "metric": metric,
-        "direction": direction_of(metric),
-        "task": task,
-        "n_samples": len(gains),
-        "bare": float(np.mean([group["bare"].mean() for group in groups])),
-        "merged": float(np.mean([group["merged"].mean() for group in groups])),
-        "difference": result.mean,
-        "low": result.low,
-        "high": result.high,
-        "p": result.p_value,
+        **{"metric": metric, "direction": direction_of(metric), "task": task, "n_samples": len(gains)},
+        **{side: float(np.mean([group[side].mean() for group in groups])) for side in ("bare", "merged")},
+        **{"difference": result.mean, "low": result.low, "high": result.high, "p": result.p_value},
         # One test by itself, where it is the only one.
         "p_holm": result.p_value if task == ALL_TASKS else math.nan,
-        "wins": int((gains > 0).sum()),
-        "ties": int((gains == 0).sum()),
-        "losses": int((gains < 0).sum()),
+        **{"wins": int((gains > 0).sum()), "ties": int((gains == 0).sum()), "losses": int((gains < 0).sum())},
     }
 
 

@@ -27,6 +27,8 @@ MARKERS = "osD^vPX*<>"
 _LINES = {"bare": (0, (4, 2)), "merged": "-", "matching": (0, (1, 1.2))}
 _VARIANT_LINES = ((0, (6, 1.5, 1, 1.5)), (0, (6, 1, 1, 1, 1, 1)), (0, (9, 2)))
 
+_HOLLOW: dict[str, Any] = {"markerfacecolor": "none"}
+
 # What stands for the colour of text, which is black in a file and the page's own in a page.
 _INK = "#010203"
 
@@ -52,18 +54,7 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """
-    A figure, and what is said about it.
-
-    Parameters
-    ----------
-    name : str
-        Of its files: a number, words, and what kind of plot it is, with hyphens between.
-    title : str
-        What it shows.
-    figure : Figure
-        The figure.
-    """
+    """A figure, its title, and the name of its files: a number, words and the kind of plot, with hyphens between."""
 
     name: str
     title: str
@@ -71,14 +62,7 @@ class Plot:
 
 
 class Styles:
-    """
-    One colour and marker for each press, one line for each kind, over all plots of a report.
-
-    Parameters
-    ----------
-    presses, kinds : sequence of str
-        All that there are.
-    """
+    """One colour and marker for each press, one line for each kind, over all plots of a report."""
 
     def __init__(self, presses: Sequence[str], kinds: Sequence[str]):
         self._places = {press: i for i, press in enumerate(presses)}
@@ -112,10 +96,6 @@ def plot_lines(
     ----------
     points : pd.DataFrame
         Columns ``press``, ``kind``, ``ratio`` and ``value``.
-    styles : Styles
-        Colours and lines.
-    ylabel : str
-        What the value is, and which way is better.
     full : float, optional
         With the full cache, drawn as a line.
     references : sequence of dict
@@ -130,44 +110,23 @@ def plot_lines(
         for (press, kind), line in points.groupby(["press", "kind"], sort=False):
             line = line.sort_values("ratio", kind="stable")
             style = styles.of_press(press)
-            axes.plot(
-                line["ratio"], line["value"], linestyle=styles.of_kind(kind), markersize=5, linewidth=1.8, **style
-            )
+            style |= {"linestyle": styles.of_kind(kind), "markersize": 5, "linewidth": 1.8}
+            axes.plot(line["ratio"], line["value"], **style)
         for row in references:
             style = styles.of_press(row["press"])
-            axes.plot(
-                [float(row["compression_ratio"])],
-                [float(row["score"])],
-                style["marker"],
-                color=style["color"],
-                markerfacecolor="none",
-                markersize=13,
-                markeredgewidth=2,
-                zorder=4,
-            )
+            place = [float(row["compression_ratio"])], [float(row["score"])], style["marker"]
+            axes.plot(*place, color=style["color"], **_HOLLOW, markersize=13, markeredgewidth=2, zorder=4)
         axes.set_xlabel("compression ratio")
         axes.set_ylabel(ylabel)
         axes.margins(y=0.08)
         if points["ratio"].nunique() <= 6:
             axes.set_xticks(sorted(points["ratio"].unique()))
-        presses = [
-            Line2D([], [], label=press, linestyle="none", **styles.of_press(press))
-            for press in _unique(points["press"])
-        ]
-        handles = []
-        for kind in _unique(points["kind"]):
-            handles.append(Line2D([], [], label=kind, linestyle=styles.of_kind(kind), color=_INK, linewidth=1.8))
+        presses = [_handle(press, linestyle="none", **styles.of_press(press)) for press in points["press"].unique()]
+        handles = [_handle(kind, linestyle=styles.of_kind(kind), linewidth=1.8) for kind in points["kind"].unique()]
         if full is not None:
-            handles.append(Line2D([], [], label="full cache", color=_INK, linewidth=1.2, alpha=0.6))
+            handles.append(_handle("full cache", linewidth=1.2, alpha=0.6))
         if references:
-            hollow: dict[str, Any] = {
-                "marker": "o",
-                "markerfacecolor": "none",
-                "linestyle": "none",
-                "color": _INK,
-                "markersize": 9,
-            }
-            handles.append(Line2D([], [], label="published", **hollow))
+            handles.append(_handle("published", marker="o", linestyle="none", markersize=9, **_HOLLOW))
         figure.legend(handles=handles, loc="outside upper left", ncols=2)
         figure.legend(handles=presses, loc="outside lower left", ncols=3)
     return figure
@@ -177,12 +136,7 @@ def plot_heat_map(table: pd.DataFrame, title: str) -> Figure:
     """
     Differences, task by ratio: one panel for each press and kind, or one row each where there is one task only.
 
-    Parameters
-    ----------
-    table : pd.DataFrame
-        Rows of one benchmark and one metric, see ``evaluation.compare.COLUMNS``.
-    title : str
-        Of the colour bar: what the difference is.
+    ``table`` has rows of one benchmark and one metric, see ``compare.COLUMNS``; the title is that of the colour bar.
     """
     table = table.assign(label=[f"{press}, {kind}" for press, kind in zip(table["press"], table["kind"])])
     levels = list(table.sort_values("compression_ratio", kind="stable")["level"].unique())
@@ -204,16 +158,12 @@ def plot_heat_map(table: pd.DataFrame, title: str) -> Figure:
         grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
         image: Any = None
         for axes, (label, panel) in zip(grid.flat, panels):
-            values = panel.pivot_table(index=row_column, columns="level", values="difference", sort=False)
-            values = values.reindex(index=rows, columns=levels)
-            shown = panel.pivot_table(index=row_column, columns="level", values="p_holm", sort=False)
-            shown = shown.reindex(index=rows, columns=levels)
+            index = {"index": row_column, "columns": "level", "sort": False}
+            tables = (panel.pivot_table(values=name, **index) for name in ("difference", "p_holm"))
+            values, shown = (each.reindex(index=rows, columns=levels) for each in tables)
             # Not an image, which an SVG would hold as pixels.
-            image = axes.pcolormesh(
-                values.to_numpy(),
-                cmap="RdBu_r" if lower else "RdBu",
-                norm=TwoSlopeNorm(0, -limit, limit),
-            )
+            colours = {"cmap": "RdBu_r" if lower else "RdBu", "norm": TwoSlopeNorm(0, -limit, limit)}
+            image = axes.pcolormesh(values.to_numpy(), **colours)
             for i, j in np.ndindex(values.shape):
                 value = float(values.iloc[i, j])
                 if math.isfinite(value):
@@ -240,10 +190,7 @@ def save(plot: Plot, folder: Path) -> str:
     """
     Write a plot as PNG and SVG: the same bytes for the same figure.
 
-    Returns
-    -------
-    str
-        The plot as SVG to be put into a page: without background, its text in the page's colour.
+    Out comes the SVG to be put into a page: without background, its text in the page's colour.
     """
     # Salted with the name, so that no two plots of one page share an id.
     with mpl.rc_context(_style(**{"svg.hashsalt": plot.name})):
@@ -265,5 +212,5 @@ def _style(**more: Any) -> Any:
     return {**_STYLE, **more}
 
 
-def _unique(column: pd.Series) -> list[str]:
-    return list(dict.fromkeys(column))
+def _handle(label: str, **style: Any) -> Line2D:
+    return Line2D([], [], label=label, **{"color": _INK, **style})

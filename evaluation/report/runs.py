@@ -20,6 +20,7 @@ import yaml
 from evaluation.config import EVICTION_SETTINGS, NO_PRESS, PRESS_FIELDS, default_of, settings_that
 from evaluation.evaluate_registry import PRESS_REGISTRY
 from evaluation.likelihood import METRICS as LIKELIHOOD_METRICS
+from evaluation.presses import unused_presses
 from evaluation.results import FILES
 
 PREFIXES = {"merged": "merging_", "matching": "matching_"}
@@ -48,14 +49,10 @@ class Run:
 
     Parameters
     ----------
-    folder : Path
-        Where it is.
-    config : dict
-        ``config.yaml``.
-    predictions : pd.DataFrame
-        ``predictions.csv``, with the sample's number as index.
-    scores : pd.DataFrame
-        For each sample, one column a metric; float.
+    folder, config : Path, dict
+        Where it is, and its ``config.yaml``.
+    predictions, scores : pd.DataFrame
+        ``predictions.csv``, with the sample's number as index, and of that, one column a metric; float.
     press : str
         How tables name the bare press.
     """
@@ -131,16 +128,8 @@ class Results:
     """
     All that a folder of results holds.
 
-    Parameters
-    ----------
-    runs : list of Run
-        The newest of each, in the order of their paths.
-    references : list of dict
-        Published scores, from ``sweep.yaml``.
-    errors : list of dict
-        Runs that failed: ``cell``, ``config``, ``error`` and ``traceback``.
-    notes : list of str
-        What a reader should know: runs that were passed over.
+    The newest of each run, in the order of their paths; published scores, from ``sweep.yaml``; ``cell``, ``config``,
+    ``error`` and ``traceback`` of runs that failed; and what a reader should know: runs that were passed over.
     """
 
     runs: list[Run]
@@ -169,22 +158,18 @@ def bare_name(press_name: str) -> str:
     another press inside than the one that is called ``expected_attention``.
     """
     without_prefix = press_name.split("_", 1)[1]
-    if (inner := getattr(PRESS_REGISTRY.get(press_name), "press", None)) is None:
-        return without_prefix
     names = [name for name in PRESS_REGISTRY if not name.startswith(tuple(PREFIXES.values()))]
-    same = [name for name in names if type(PRESS_REGISTRY[name]) is type(inner) and PRESS_REGISTRY[name] == inner]
-    return without_prefix if without_prefix in same or not same else same[0]
+    with unused_presses():
+        inner = getattr(PRESS_REGISTRY.get(press_name), "press", None)
+        # Most often it is what follows the prefix: no other is made then.
+        for name in sorted(names, key=lambda name: name != without_prefix) if inner is not None else []:
+            if type(bare := PRESS_REGISTRY[name]) is type(inner) and bare == inner:
+                return name
+    return without_prefix
 
 
 def read_run(folder: Path) -> Run:
-    """
-    Read one run.
-
-    Raises
-    ------
-    ValueError
-        If a file is missing or not what a run writes; the message names it.
-    """
+    """Read one run; a ValueError says if a file is missing or not what a run writes."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         if not isinstance(config, dict) or not {"dataset", "press_name", "press_init_command"} <= set(config):
@@ -204,14 +189,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_results(folder: Path) -> Results:
-    """
-    Read a folder, and all folders inside.
-
-    Raises
-    ------
-    ValueError
-        If there is no run, or a file is not what it should be; the message names it.
-    """
+    """Read a folder, and all inside; a ValueError says if there is no run, or a file is not what it should be."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}")
     found: dict[Path, list[Path]] = {}

@@ -30,8 +30,7 @@ class PairedDifference:
     mean : float
         Mean over tasks of the mean difference over a task's samples.
     low, high : float
-        Percentile bootstrap interval of that mean, samples resampled within their tasks; NaN where a task has one
-        sample.
+        Percentile bootstrap interval of that mean, samples resampled within their tasks; NaN where a task has one.
     p_value : float
         Two-sided, of a sign-flip test: were the two sides exchangeable, each difference could as well have the other
         sign. Exact up to 13 samples that differ.
@@ -53,14 +52,7 @@ def paired_difference(tasks: Sequence[Any], seed: int = 0) -> PairedDifference:
     Parameters
     ----------
     tasks : sequence of array-like
-        For each task, one difference a sample: finite, shape ``(n_samples,)``.
-    seed : int
-        Draws what is resampled.
-
-    Raises
-    ------
-    ValueError
-        If there is no task, a task has no sample, or a difference is not finite.
+        For each task, one difference a sample: finite (or else a ValueError), shape ``(n_samples,)``, one at least.
 
     Examples
     --------
@@ -80,19 +72,9 @@ def paired_difference(tasks: Sequence[Any], seed: int = 0) -> PairedDifference:
 
 def means_with_intervals(scores: pd.DataFrame, seed: int) -> dict[str, Any]:
     """
-    Mean of each metric over the samples, with a 95 % bootstrap interval (percentiles) of that mean.
+    Mean of each column over the samples, with a 95 % bootstrap interval (percentiles) of that mean.
 
-    Parameters
-    ----------
-    scores : pd.DataFrame
-        One row for each sample, one column for each metric.
-    seed : int
-        Draws the bootstrap samples.
-
-    Returns
-    -------
-    dict
-        ``{metric: mean, f"{metric}_interval": [low, high]}``; no interval if there is one sample only.
+    ``{metric: mean, f"{metric}_interval": [low, high]}``; no interval if there is one sample only.
     """
     metrics: dict[str, Any] = {}
     for name, column in scores.items():
@@ -109,16 +91,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     The k-th smallest of m p-values is multiplied by m - k + 1, is at least as large as the one before it, and at most 1
     (Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal of Statistics 6, 1979).
-
-    Parameters
-    ----------
-    p_values : sequence of float
-        Of the family of tests.
-
-    Returns
-    -------
-    list of float
-        Corrected, in the same order.
     """
     corrected = [0.0] * len(p_values)
     largest = 0.0

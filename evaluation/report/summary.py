@@ -29,18 +29,8 @@ class Benchmark:
     """
     Runs that differ in the press and in how much it evicts, and in nothing else.
 
-    Parameters
-    ----------
-    label, slug : str
-        How tables and files name it.
-    runs : list of Run
-        The runs.
-    table : pd.DataFrame
-        Their comparisons.
-    metric : str
-        The metric that is drawn.
-    references : list of dict
-        Published scores of the same dataset with the same model.
+    Tables name it by its label, files by its slug. With its runs go their comparisons, the metric that is drawn, and
+    published scores of the same dataset with the same model.
     """
 
     label: str
@@ -55,10 +45,7 @@ def compare_all(results: Results) -> tuple[list[Benchmark], list[str]]:
     """
     Sort runs into benchmarks, and compare those of each. Beside the benchmarks, what a reader should know.
 
-    Raises
-    ------
-    ValueError
-        If two runs that belong together measured different samples.
+    A ValueError says if two runs that belong together measured different samples.
     """
     groups: dict[str, list[Run]] = {}
     for run in results.runs:

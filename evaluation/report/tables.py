@@ -57,14 +57,8 @@ def render(table: pd.DataFrame, title: str, *, narrow: bool = False) -> Table:
         # Text, not strings: names may hold what rich takes for markup.
         cells = [
             *((f"{key[1]}, {key[2]}", str(key[3])) if key != before else ("", "")),
-            f"{row['metric']} {arrow(row['direction'])}",
-            row["task"],
-            *(
-                str(row["n_samples"]),
-                number(row["bare"]),
-                number(row["merged"]),
-                number(row["difference"], signed=True),
-            ),
+            *(f"{row['metric']} {arrow(row['direction'])}", row["task"], str(row["n_samples"])),
+            *(number(row["bare"]), number(row["merged"]), number(row["difference"], signed=True)),
             f"{number(row['low'], signed=True)} .. {number(row['high'], signed=True)}",
             *(p_value(row["p"]), p_value(row["p_holm"])),
             f"{row['wins']}/{row['ties']}/{row['losses']}",

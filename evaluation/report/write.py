@@ -54,10 +54,7 @@ def write_report(folder: Path, results: Results, benchmarks: Sequence[Benchmark]
     """
     Write tables, plots and page. The folder appears whole or not at all, and replaces no other than an earlier report.
 
-    Raises
-    ------
-    ValueError
-        If the folder is there and is not a report.
+    A ValueError says if the folder is there and is not one.
     """
 
     def write(place: Path) -> None:
@@ -79,10 +76,7 @@ def check_replaceable(folder: Path) -> None:
     """
     Make sure that nothing is lost where a report goes.
 
-    Raises
-    ------
-    ValueError
-        If it is not a folder, or holds anything but an earlier report as it was written.
+    A ValueError says if it is not a folder, or holds anything but an earlier report as it was written.
     """
     if not folder.exists() and not folder.is_symlink():
         return

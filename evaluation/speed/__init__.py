@@ -9,7 +9,7 @@ ratio and dtype, on the CPU and on a GPU if there is one:
 - *eviction*: gathering the survivors and nothing else. It is outside in all others;
 - *kvpress*: ``kvpress.MergingPress(KnormPress(ratio)).merge``;
 - *ours*: finding the evicted positions and ``cosine_blend``, with equal parameters and ``kernel="torch"``;
-- *re-fit*: the same with ``attention_match`` in place of the blend, with as many queries as by default;
+- *re-fit*: matching, ``attention_match`` in place of the blend, with as many queries as by default;
 - *ours-triton* (GPU): *ours* with ``kernel="triton"``;
 - *product*: one matrix product per head of all evicted with all surviving keys, and nothing else: the floor of any
   exact search that asks the BLAS for it (in pieces of 1 GiB where it is larger);
@@ -21,6 +21,7 @@ all alike. Extra memory is the growth of the peak during one call: of a fresh pr
 left out), of PyTorch's allocator on a GPU. --prefill times whole prefills as well. Writes speed.json and speed.png.
 """
 
+# ruff: noqa: RUF009
 from __future__ import annotations
 
 import itertools
@@ -49,34 +50,28 @@ DEVICES = ("cpu", "cuda")
 NO_GPU = "no GPU on this machine: run the same command on one"
 
 
+def _list(values: Sequence[Any], help: str) -> Any:
+    return field(default_factory=lambda: list(values), metadata={"help": help})
+
+
 @dataclass
 class SpeedArguments:
     """What to measure: every combination of devices, contexts, heads, ratios and dtypes."""
 
-    k_len: list[int] = field(default_factory=lambda: [8192, 16_384, 32_768], metadata={"help": "Tokens in the cache."})
-    num_key_value_heads: list[int] = field(default_factory=lambda: [8], metadata={"help": "KV heads."})
-    compression_ratio: list[float] = field(
-        default_factory=lambda: [0.5], metadata={"help": "Share of the tokens evicted, in (0, 1)."}
-    )
-    dtype: list[str] = field(
-        default_factory=lambda: ["bfloat16"], metadata={"help": f"Of the cache: {', '.join(DTYPES)}."}
-    )
-    devices: list[str] = field(
-        default_factory=lambda: list(DEVICES), metadata={"help": f"Where: {', '.join(DEVICES)}."}
-    )
-    subjects: list[str] = field(
-        default_factory=lambda: list(SUBJECTS), metadata={"help": f"What: {', '.join(SUBJECTS)}."}
-    )
+    k_len: list[int] = _list([8192, 16_384, 32_768], "Tokens in the cache.")
+    num_key_value_heads: list[int] = _list([8], "KV heads.")
+    compression_ratio: list[float] = _list([0.5], "Share of the tokens evicted, in (0, 1).")
+    dtype: list[str] = _list(["bfloat16"], f"Of the cache: {', '.join(DTYPES)}.")
+    devices: list[str] = _list(DEVICES, f"Where: {', '.join(DEVICES)}.")
+    subjects: list[str] = _list(list(SUBJECTS), f"What: {', '.join(SUBJECTS)}.")
     head_dim: int = field(default=128, metadata={"help": "Length of a key or value."})
-    prefill: list[int] = field(
-        default_factory=list, metadata={"help": "Tokens of whole prefills to time, for instance 1024 4096 8192."}
-    )
+    prefill: list[int] = _list([], "Tokens of whole prefills to time, for instance 1024 4096 8192.")
     model: str = field(
-        default=BUILT_IN_MODEL, metadata={"help": "For --prefill: a built-in model, a folder or a hub id."}
+        default=BUILT_IN_MODEL, metadata={"help": "For --prefill: built in, a folder or a hub id."}
     )
     repeats: int = field(default=3, metadata={"help": "Rounds after one to warm up."})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves PyTorch's choice."})
-    tile_bytes: int = field(default=DEFAULT_TILE_BYTES, metadata={"help": "Most bytes of one tile of cosines."})
+    tile_bytes: int = field(default=DEFAULT_TILE_BYTES, metadata={"help": "Max bytes of one tile of cosines."})
     output_dir: str = field(
         default="results/speed", metadata={"help": "Folder for speed.json and speed.png; one that is there is kept."}
     )
@@ -99,29 +94,15 @@ class SpeedArguments:
 
     def cells(self) -> list[Cell]:
         """The grid, the context varying fastest."""
+        axes = self.devices, self.dtype, self.num_key_value_heads, self.compression_ratio, sorted(set(self.k_len))
         return [
             Cell(device, k_len, heads, self.head_dim, ratio, dtype)
-            for device, dtype, heads, ratio, k_len in itertools.product(
-                self.devices, self.dtype, self.num_key_value_heads, self.compression_ratio, sorted(set(self.k_len))
-            )
+            for device, dtype, heads, ratio, k_len in itertools.product(*axes)
         ]
 
 
 def measure(arguments: SpeedArguments) -> dict[str, Any]:
-    """
-    All figures of one run.
-
-    Returns
-    -------
-    dict
-        ``arguments``; ``machine``; ``layers``: a row for each cell and subject, see :func:`measure_cell`, or a row with
-        a ``note`` where there is no GPU; ``growth``, see :func:`growth`; ``prefills``, see :func:`measure_prefill`.
-
-    Raises
-    ------
-    ModelUnavailableError
-        If there are prefills to time, and no model to time them with.
-    """
+    """All figures of one run, as speed.json has them; see ``measure_cell``, ``growth`` and ``measure_prefill``."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     machine = {
@@ -133,30 +114,20 @@ def measure(arguments: SpeedArguments) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     # First, so that a model that is not there is told before minutes of layers.
-    prefills = _measure_prefills(arguments)
+    prefills = []
+    if arguments.prefill:
+        model, _ = load_model(arguments.model)
+        for k_len, ratio in itertools.product(arguments.prefill, arguments.compression_ratio):
+            measured = measure_prefill(model, k_len, ratio, arguments.repeats)
+            prefills.append({"device": str(model.device), **measured})
     rows: list[dict[str, Any]] = []
     for cell in arguments.cells():
         if cell.device == "cuda" and not torch.cuda.is_available():
             rows.append({**asdict(cell), "subject": "all", "note": NO_GPU})
         else:
             rows += measure_cell(cell, arguments)
-    return {
-        "arguments": asdict(arguments),
-        "machine": machine,
-        "layers": rows,
-        "growth": growth(rows),
-        "prefills": prefills,
-    }
-
-
-def _measure_prefills(arguments: SpeedArguments) -> list[dict[str, Any]]:
-    if not arguments.prefill:
-        return []
-    model, _ = load_model(arguments.model)
-    return [
-        {"device": str(model.device), **measure_prefill(model, k_len, ratio, arguments.repeats)}
-        for k_len, ratio in itertools.product(arguments.prefill, arguments.compression_ratio)
-    ]
+    figures = {"layers": rows, "growth": growth(rows), "prefills": prefills}
+    return {"arguments": asdict(arguments), "machine": machine, **figures}
 
 
 def measure_cell(cell: Cell, arguments: SpeedArguments) -> list[dict[str, Any]]:
@@ -190,18 +161,12 @@ def measure_cell(cell: Cell, arguments: SpeedArguments) -> list[dict[str, Any]]:
         n_bytes, kvpress_bytes = extra[name], extra.get("kvpress")
         searches = name not in ("eviction", "re-fit", "attention")
         median = statistics.median(seconds[name])
-        rows.append(
-            {
-                **row,
-                "seconds": seconds[name],
-                "median_seconds": median,
-                "extra_bytes": n_bytes,
-                "time_to_kvpress": median_ratio(name, "kvpress"),
-                "memory_to_kvpress": n_bytes / kvpress_bytes if n_bytes is not None and kvpress_bytes else None,
-                "share_of_product_rate": median_ratio("product", name) if searches else None,
-                "products_per_second": operations / median if searches else None,
-            }
-        )
+        row |= {"seconds": seconds[name], "median_seconds": median, "extra_bytes": n_bytes}
+        row["time_to_kvpress"] = median_ratio(name, "kvpress")
+        row["memory_to_kvpress"] = n_bytes / kvpress_bytes if n_bytes is not None and kvpress_bytes else None
+        row["share_of_product_rate"] = median_ratio("product", name) if searches else None
+        row["products_per_second"] = operations / median if searches else None
+        rows.append(row)
     return rows
 
 
@@ -209,36 +174,21 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     How the time of each subject grows with the context, where there are two contexts at least.
 
-    Returns
-    -------
-    list of dict
-        The cell's fields without ``k_len``, ``subject``, ``from`` and ``to`` (the shortest and the longest context),
-        ``times`` (how many times as long the second takes, the median over rounds) and ``exponent`` (the slope of the
-        logarithm of the median time over that of the context, least squares).
+    In each row ``from`` and ``to`` are the shortest and the longest context, ``times`` is how many times as long the
+    second takes (the median over rounds), and ``exponent`` the slope of the logarithm of the median time over that of
+    the context, by least squares.
     """
+    fields = ("device", "num_key_value_heads", "head_dim", "compression_ratio", "dtype", "subject")
     groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        if "note" not in row:
-            fields = ("device", "num_key_value_heads", "head_dim", "compression_ratio", "dtype", "subject")
-            groups.setdefault(tuple((name, row[name]) for name in fields), []).append(row)
+    for row in sorted((row for row in rows if "note" not in row), key=lambda row: row["k_len"]):
+        groups.setdefault(tuple((name, row[name]) for name in fields), []).append(row)
     grown = []
     for key, group in groups.items():
-        group = sorted(group, key=lambda row: row["k_len"])
-        if len(group) < 2:
-            continue
-        exponent = np.polyfit(
-            np.log([row["k_len"] for row in group]), np.log([row["median_seconds"] for row in group]), 1
-        )[0]
-        times = statistics.median(b / a for a, b in zip(group[0]["seconds"], group[-1]["seconds"]))
-        grown.append(
-            {
-                **dict(key),
-                "from": group[0]["k_len"],
-                "to": group[-1]["k_len"],
-                "times": times,
-                "exponent": float(exponent),
-            }
-        )
+        if len(group) > 1:
+            lengths, medians = (np.log([row[name] for row in group]) for name in ("k_len", "median_seconds"))
+            times = statistics.median(b / a for a, b in zip(group[0]["seconds"], group[-1]["seconds"]))
+            ends = {"from": group[0]["k_len"], "to": group[-1]["k_len"]}
+            grown.append({**dict(key), **ends, "times": times, "exponent": float(np.polyfit(lengths, medians, 1)[0])})
     return grown
 
 

@@ -26,24 +26,8 @@ def presses(compression_ratio: float) -> dict[str, BasePress | None]:
 @torch.no_grad()
 def measure_prefill(model: PreTrainedModel, k_len: int, compression_ratio: float, repeats: int) -> dict[str, Any]:
     """
-    Time the prefill of random tokens without a press, with ``KnormPress``, and with our presses around it.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Its device and dtype are kept.
-    k_len : int
-        Tokens.
-    compression_ratio : float
-        Of the press.
-    repeats : int
-        Rounds after one to warm up; each runs all of them.
-
-    Returns
-    -------
-    dict
-        ``k_len``, ``compression_ratio``, ``seconds`` of each by name and round, their ``median_seconds``, and the
-        ``overhead`` of each of ours over bare: the median over rounds of the ratio, less 1.
+    Time the prefill of ``k_len`` random tokens with each of ``presses``, in so many rounds after one to warm up.
+    ``overhead`` is that of each of ours over bare: the median over rounds of the ratio, less 1.
     """
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(model.config.vocab_size, (1, k_len), generator=generator).to(model.device)

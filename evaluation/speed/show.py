@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from evaluation.report.plots import COLOURS, MARKERS
 from evaluation.speed.subjects import SUBJECTS
 
 
@@ -81,7 +81,6 @@ def plot(figures: dict[str, Any]) -> Figure:
     rows = [row for row in figures["layers"] if "note" not in row]
     groups = list(dict.fromkeys(map(_group, rows)))
     names = [name for name in SUBJECTS if any(row["subject"] == name for row in rows)]
-    colours = mpl.colormaps["tab10"]
     figure = Figure(figsize=(4 * max(1, len(groups)) + 1, 6.5), layout="constrained")
     panels = figure.subplots(2, max(1, len(groups)), squeeze=False)
     for column, group in enumerate(groups):
@@ -95,8 +94,9 @@ def plot(figures: dict[str, Any]) -> Figure:
                     if _group(row) == group and row["subject"] == subject and row[name]
                 ]
                 if points:
-                    colour = colours(list(SUBJECTS).index(subject))
-                    panel.plot(*zip(*points), marker="o", label=subject, color=colour)
+                    place = list(SUBJECTS).index(subject)
+                    style = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place]}
+                    panel.plot(*zip(*points), label=subject, **style)
             panel.set(xscale="log", yscale="log", ylabel=label)
             lengths = sorted({row["k_len"] for row in rows if _group(row) == group})
             panel.set_xticks(lengths, [f"{length:,}" for length in lengths])

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import time
@@ -84,6 +85,10 @@ class Inputs:
         index = self.kept[..., None].expand(-1, -1, -1, self.cell.head_dim)
         return self.keys.gather(2, index), self.values.gather(2, index)
 
+    def eviction(self) -> Eviction:
+        """Which positions go."""
+        return Eviction.from_kept(self.kept, self.cell.k_len)
+
 
 Call = Callable[[], Any]
 
@@ -93,60 +98,37 @@ def _kvpress(inputs: Inputs, tile_bytes: int) -> Call:
     return lambda: press.merge(inputs.keys, inputs.values, inputs.kept)
 
 
-def _ours(kernel: str) -> Callable[[Inputs, int], Call]:
-    def make(inputs: Inputs, tile_bytes: int) -> Call:
-        kept_keys, kept_values = inputs.gather_kept()
-        return lambda: cosine_blend(
-            inputs.keys,
-            inputs.values,
-            kept_keys,
-            kept_values,
-            Eviction.from_kept(inputs.kept, inputs.cell.k_len),
-            tile_bytes=tile_bytes,
-            kernel=kernel,
-        )
-
-    return make
+def _ours(inputs: Inputs, tile_bytes: int, kernel: str = "torch") -> Call:
+    layer = (inputs.keys, inputs.values, *inputs.gather_kept())
+    return lambda: cosine_blend(*layer, inputs.eviction(), tile_bytes=tile_bytes, kernel=kernel)
 
 
-def _re_fit(inputs: Inputs, tile_bytes: int) -> Call:
-    kept_keys, kept_values = inputs.gather_kept()
+def _matching(inputs: Inputs, tile_bytes: int) -> Call:
     cell = inputs.cell
     generator = torch.Generator().manual_seed(1)
     shape = (1, cell.num_key_value_heads, AttentionMatchingPress.n_queries, cell.head_dim)
     queries = (torch.randn(shape, generator=generator) * cell.head_dim**-0.5).to(cell.device)
-    return lambda: attention_match(
-        inputs.keys,
-        inputs.values,
-        kept_keys,
-        kept_values,
-        queries,
-        queries,
-        Eviction.from_kept(inputs.kept, cell.k_len),
-        key_ridge=AttentionMatchingPress.key_ridge,
-    )
+    layer, ridge = (inputs.keys, inputs.values, *inputs.gather_kept()), AttentionMatchingPress.key_ridge
+    return lambda: attention_match(*layer, queries, queries, inputs.eviction(), key_ridge=ridge)
 
 
-def _products(in_tiles: bool) -> Callable[[Inputs, int], Call]:
-    def make(inputs: Inputs, tile_bytes: int) -> Call:
-        cell, keys = inputs.cell, inputs.keys
-        n_rows, n_columns = cell.n_kept, max(1, min(cell.n_evicted, _PRODUCT_PIECE // cell.n_kept))
-        if in_tiles:
-            _, n_rows, n_columns = tile_shape(cell.n_kept, cell.n_evicted, keys.device, tile_bytes)
-        rows = keys[:, 0] if multiplies_16_bits(keys.device, keys.dtype) else keys[:, 0].float()
-        survivors, evicted = rows[:, : cell.n_kept].split(n_rows, dim=1), rows[:, cell.n_kept :].split(n_columns, dim=1)
-        buffer = torch.empty(survivors[0].shape[1] * evicted[0].shape[1], device=keys.device)
+def _products(inputs: Inputs, tile_bytes: int, in_tiles: bool = False) -> Call:
+    cell, keys = inputs.cell, inputs.keys
+    n_rows, n_columns = cell.n_kept, max(1, min(cell.n_evicted, _PRODUCT_PIECE // cell.n_kept))
+    if in_tiles:
+        _, n_rows, n_columns = tile_shape(cell.n_kept, cell.n_evicted, keys.device, tile_bytes)
+    rows = keys[:, 0] if multiplies_16_bits(keys.device, keys.dtype) else keys[:, 0].float()
+    survivors, evicted = rows[:, : cell.n_kept].split(n_rows, dim=1), rows[:, cell.n_kept :].split(n_columns, dim=1)
+    buffer = torch.empty(survivors[0].shape[1] * evicted[0].shape[1], device=keys.device)
 
-        def multiply() -> None:
-            for _ in range(cell.num_key_value_heads):
-                for columns in evicted:
-                    for block in survivors:
-                        shape = (1, block.shape[1], columns.shape[1])
-                        products(block, columns.mT, out=buffer[: shape[1] * shape[2]].view(shape))
+    def multiply() -> None:
+        for _ in range(cell.num_key_value_heads):
+            for columns in evicted:
+                for block in survivors:
+                    shape = (1, block.shape[1], columns.shape[1])
+                    products(block, columns.mT, out=buffer[: shape[1] * shape[2]].view(shape))
 
-        return multiply
-
-    return make
+    return multiply
 
 
 def _attention(inputs: Inputs, tile_bytes: int) -> Call:
@@ -156,16 +138,7 @@ def _attention(inputs: Inputs, tile_bytes: int) -> Call:
 
 @dataclass(frozen=True)
 class Subject:
-    """
-    Something to time.
-
-    Parameters
-    ----------
-    make : callable
-        From the inputs and the budget for one tile to the call that is timed.
-    devices : tuple of str
-        Where there is such a thing.
-    """
+    """Something to time: what makes the call from the inputs and the budget for one tile, and where there is one."""
 
     make: Callable[[Inputs, int], Call]
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -174,11 +147,11 @@ class Subject:
 SUBJECTS = {
     "eviction": Subject(lambda inputs, tile_bytes: inputs.gather_kept),
     "kvpress": Subject(_kvpress),
-    "ours": Subject(_ours("torch")),
-    "re-fit": Subject(_re_fit),
-    "ours-triton": Subject(_ours("triton"), ("cuda",)),
-    "product": Subject(_products(in_tiles=False)),
-    "tiles": Subject(_products(in_tiles=True), ("cpu",)),
+    "ours": Subject(_ours),
+    "re-fit": Subject(_matching),
+    "ours-triton": Subject(functools.partial(_ours, kernel="triton"), ("cuda",)),
+    "product": Subject(_products),
+    "tiles": Subject(functools.partial(_products, in_tiles=True), ("cpu",)),
     "attention": Subject(_attention, ("cuda",)),
 }
 """All that can be timed, by name. To time one thing more, add it here."""
@@ -190,10 +163,7 @@ def measure_seconds(
     """
     Seconds of every call, for each subject, round by round: each round runs every subject once.
 
-    Returns
-    -------
-    tuple of dict
-        The seconds, and for each subject that ran out of a GPU's memory a note that says so.
+    Beside them, for each subject that ran out of a GPU's memory, a note that says so.
     """
     inputs = Inputs.of(cell)
     calls: dict[str, Call] = {}
@@ -221,11 +191,7 @@ def _seconds(call: Call, device: str) -> float:
 
 
 def measure_extra_bytes(cell: Cell, name: str, tile_bytes: int, threads: int) -> int | None:
-    """
-    By how much one call of a subject raises the peak memory.
-
-    On a CPU that of a fresh process, which runs nothing else; None where there is no ``/proc``.
-    """
+    """Bytes by which one call raises the peak memory, on a CPU of a fresh process; None where there is no /proc."""
     if cell.device == "cuda":
         call = SUBJECTS[name].make(Inputs.of(cell), tile_bytes)
         torch.cuda.reset_peak_memory_stats()

@@ -72,33 +72,10 @@ def sweep(
     file: Path, cells: Sequence[EvaluationConfig], folder: Path, arguments: argparse.Namespace, *, quiet: bool
 ) -> int:
     """
-    Measure what is not there yet, and write it.
+    Measure what is not there yet, and write it, with a copy of the sweep's file beside it.
 
-    Parameters
-    ----------
-    file : Path
-        The sweep's file, of which a copy goes beside the results.
-    cells : sequence of EvaluationConfig
-        The grid.
-    folder : Path
-        Where results and the records of failed cells go. What is there stays: a ``sweep.yaml`` that says something else
-        is kept as ``sweep-1.yaml``, or ``sweep-2.yaml``, and so on.
-    arguments : argparse.Namespace
-        ``runner``, ``threads``, ``address`` and ``num_workers``.
-    quiet : bool
-        Without progress bars.
-
-    Returns
-    -------
-    int
-        How many cells failed.
-
-    Raises
-    ------
-    RunnerError
-        If nothing can be run.
-    OSError
-        If results cannot be written.
+    What is there stays: a ``sweep.yaml`` that says something else is kept as ``sweep-1.yaml``, or ``sweep-2.yaml`` ...
+    Out comes how many cells failed; a RunnerError says that nothing can be run.
     """
     errors = folder / "errors"
     names = [config.folder_name() for config in cells]
@@ -114,9 +91,7 @@ def sweep(
             _error_file(folder, config).unlink(missing_ok=True)
     threads = arguments.threads or torch.get_num_threads()
     outcomes: Outcomes
-    if not to_do:
-        outcomes = iter(())
-    elif arguments.runner == "ray":
+    if to_do and arguments.runner == "ray":
         outcomes = run_on_ray(to_do, threads, arguments.address, arguments.num_workers)
     else:
         outcomes = run_here(to_do, threads)
@@ -144,12 +119,8 @@ def sweep(
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog=PROG,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=PROG, description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("file", type=Path, help="the YAML file, for instance evaluation/sweeps/laptop.yaml")
     for name, options in {
         "output_dir": {"help": "where the results go; by default what the file says, or results/ and its name"},

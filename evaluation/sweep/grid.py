@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from evaluation.config import (
 )
 from evaluation.evaluate_registry import PRESS_REGISTRY
 from evaluation.files import read_mapping
-from evaluation.presses import configure_press, usable_settings
+from evaluation.presses import configure_press, unused_presses, usable_settings
 from evaluation.report.runs import read_references
 
 # What a file may say beside settings.
@@ -41,30 +39,19 @@ def read_grid(file: Path, output_dir: str | None = None) -> list[EvaluationConfi
     """
     Read a sweep's file and check all that it asks for.
 
-    Parameters
-    ----------
-    file : Path
-        A mapping of settings to values, for all cells; ``cells``, a list of such mappings for some; ``reference``,
-        published scores. Where a setting has a list of values, there is a cell for each, and for each combination of
-        them. A setting is left out of cells whose press or dataset has no use for it.
-    output_dir : str, optional
-        Where the results go; by default what the file says, or else a folder of its name in ``results``.
+    It is a mapping of settings to values, for all cells; ``cells``, a list of such mappings for some; ``reference``,
+    published scores. Where a setting has a list of values, there is a cell for each, and for each combination of them.
+    A setting is left out of cells whose press or dataset has no use for it. Results go to ``output_dir``; by default
+    where the file says, or else to a folder of its name in ``results``. Out comes a configuration for each cell, each
+    once, those that share a model one after the other.
 
-    Returns
-    -------
-    list of EvaluationConfig
-        One for each cell, each once, those that share a model one after the other.
-
-    Raises
-    ------
-    ValueError
-        If the file cannot be read, names something that does not exist, or asks for a cell that cannot be run; the
-        message says where.
+    A ValueError says where the file cannot be read, names something that does not exist, or asks for a cell that cannot
+    be run.
     """
     shared, blocks = _read(file)
     if output_dir is None:
         output_dir = str(shared.get("output_dir") or Path("results") / file.stem)
-    with _quiet():
+    with unused_presses():
         configs = _configs(file, shared, blocks, output_dir)
         _check_folders(file, configs)
     models = list(dict.fromkeys(map(model_settings, configs)))
@@ -74,17 +61,6 @@ def read_grid(file: Path, output_dir: str | None = None) -> list[EvaluationConfi
 def model_settings(config: EvaluationConfig) -> str:
     """The settings that a model is loaded with, as text: equal for configurations that can share it."""
     return repr([config.model, config.model_kwargs, config.fp8, config.device, config.trust_remote_code])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Presses that are made only to be checked have nothing to warn of: they will when they are used."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
 
 
 def _configs(
@@ -106,8 +82,7 @@ def _configs(
                 config = EvaluationConfig(**settings)
                 configure_press(config)
             except (ValueError, TypeError) as error:
-                about = {name: settings[name] for name in ("press_name", "dataset") if name in settings}
-                named = "".join(f", {value}" for value in about.values())
+                named = "".join(f", {settings[name]}" for name in ("press_name", "dataset") if name in settings)
                 raise ValueError(f"{file}: {place}{named}: {error}") from error
             cells.setdefault(json.dumps(measured_settings(config.record()), sort_keys=True, default=str), config)
     for (origin, name), is_used in used.items():

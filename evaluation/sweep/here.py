@@ -27,20 +27,7 @@ class RunnerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Measured:
-    """
-    What is written of a cell.
-
-    Parameters
-    ----------
-    config : EvaluationConfig
-        With the press as it was used.
-    versions : dict
-        See ``describe_versions``.
-    predictions : pd.DataFrame
-        One row for each sample.
-    metrics : dict
-        ``{task: {name: value}}``.
-    """
+    """What is written of a cell: see ``evaluation.results.write_files``."""
 
     config: EvaluationConfig
     versions: dict[str, str]
@@ -60,12 +47,8 @@ class Worker:
     """
     Measures one cell after the other, and keeps the model as long as they load it alike.
 
-    Parameters
-    ----------
-    threads : int
-        Threads that torch uses: sums are split among them, so that results depend on how many there are.
-    folder : str, optional
-        What relative paths start from, if it is there.
+    Sums are split among torch's threads, so that results depend on how many there are. Relative paths start from
+    ``folder``, if it is there.
     """
 
     def __init__(self, threads: int, folder: str | None = None):

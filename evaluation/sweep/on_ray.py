@@ -21,28 +21,13 @@ def run_on_ray(
     cells: Sequence[EvaluationConfig], threads: int, address: str | None = None, num_workers: int | None = None
 ) -> Outcomes:
     """
-    Measure cells on the workers of a Ray cluster, each with a model of its own.
+    Measure cells on the workers of a Ray cluster, each with a model and so many threads of its own.
 
-    Parameters
-    ----------
-    cells : sequence of EvaluationConfig
-        What to measure.
-    threads : int
-        Threads that torch uses in each worker.
-    address : str, optional
-        Of a cluster that is there; by default one is started on this machine, and ended in the end.
-    num_workers : int, optional
-        By default one a GPU, or where there is none, as many as have their threads on cores of their own.
+    They come in the order in which they are ready. A worker that dies has failed its cell, and another takes its place.
 
-    Returns
-    -------
-    iterator of (EvaluationConfig, Measured or Failed)
-        In the order in which they are ready. A worker that dies has failed its cell, and another takes its place.
-
-    Raises
-    ------
-    RunnerError
-        If Ray is not installed, there is no such cluster, or no worker starts.
+    Without the address of a cluster that is there, one is started on this machine, and ended in the end. By default
+    there is a worker for each GPU, or where there is none, as many as have their threads on cores of their own. A
+    RunnerError says if Ray is not installed, there is no such cluster, or no worker starts.
     """
     try:
         import ray

@@ -1,12 +1,13 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import inspect
 
 import pytest
 import yaml
 
-from evaluation.config import PRESS_FIELDS, EvaluationConfig
-from evaluation.evaluate_registry import PRESS_REGISTRY
+from evaluation.config import DATASETS, FIELDS, PRESS_FIELDS, SETTINGS, EvaluationConfig, default_of, measured_settings
+from evaluation.evaluate_registry import DATASET_REGISTRY, PRESS_REGISTRY
 from evaluation.run import parse
 from kvpress_merging import AttentionMatchingPress, MergingPress
 
@@ -69,6 +70,36 @@ def test_there_is_a_flag_for_each_field_of_our_presses():
     fields = {field.name for press in (MergingPress, AttentionMatchingPress) for field in dataclasses.fields(press)}
     # But for those that change nothing of what is measured.
     assert set(PRESS_FIELDS) == fields - {"press", "tile_bytes", "kernel", "record_pairs"}
+
+
+def test_every_setting_says_all_that_is_known_of_it():
+    assert set(SETTINGS) == {field.name for field in dataclasses.fields(EvaluationConfig)}
+    places = [about.folder[0] for about in SETTINGS.values() if about.folder is not None]
+    assert len(places) == len(set(places))
+    for name in PRESS_FIELDS:
+        assert default_of(name) == getattr(SETTINGS[name].press, name)
+        assert FIELDS[name].default is None
+
+
+def test_a_dataset_is_loaded_with_settings_that_are_for_it():
+    assert set(DATASET_REGISTRY) == set(DATASETS)
+    for dataset, load in DATASET_REGISTRY.items():
+        for name in list(inspect.signature(load).parameters)[1:]:
+            assert dataset in (SETTINGS[name].datasets or DATASETS), f"{dataset}, {name}"
+
+
+def test_what_is_measured_is_told_without_defaults_and_without_how_it_is_run():
+    config = EvaluationConfig(
+        press_name="merging_knorm", merge_keys=False, merge_fraction=0.5, seed=7, quiet=True, device="cpu"
+    )
+    record = {**config.record(), "versions": {"torch": "2"}, "of_tomorrow": 1}
+    assert measured_settings(record) == {
+        "data_dir": "1024",
+        "press_name": "merging_knorm",
+        "merge_fraction": 0.5,
+        "seed": 7,
+        "of_tomorrow": 1,
+    }
 
 
 def test_flags_take_the_values_that_kvpress_takes():

@@ -27,9 +27,7 @@ def runs_of(record, dataset):
     }
 
 
-def test_the_demo_ends_with_a_table_answers_json_and_a_plot_and_measures_the_same_again(
-    checkpoint, tmp_path, capsys
-):
+def test_the_demo_ends_with_a_table_answers_json_and_a_plot_and_measures_the_same_again(checkpoint, tmp_path, capsys):
     record = run_demo(checkpoint, tmp_path / "out")
 
     out = capsys.readouterr().out

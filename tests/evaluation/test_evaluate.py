@@ -20,7 +20,7 @@ from kvpress import (
     SnapKVPress,
     ThinKPress,
 )
-from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny import tiny_model
 
 from evaluation import evaluate
 from evaluation import run as run_command
@@ -41,16 +41,6 @@ SMALL: dict[str, Any] = {
     "tasks": ["niah_single_1"],
     "quiet": True,
 }
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +134,10 @@ def test_a_run_that_breaks_off_leaves_nothing_behind(model, tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_loads_a_model_runs_and_says_where_the_results_are(tmp_path, capsys):
-    tiny_checkpoint(tmp_path / "model")
+def test_the_command_loads_a_model_runs_and_says_where_the_results_are(checkpoint, tmp_path, capsys):
     capsys.readouterr()
     main(
-        f"run --model {tmp_path / 'model'} --data_dir 400 --n_samples 1 --tasks vt --max_new_tokens 2 --quiet "
+        f"run --model {checkpoint} --data_dir 400 --n_samples 1 --tasks vt --max_new_tokens 2 --quiet "
         f"--press_name merging_knorm --compression_ratio 0.25 --output_dir {tmp_path / 'results'} --device cpu".split()
     )
     out, err = capsys.readouterr()

@@ -8,11 +8,6 @@ from tokenizers.processors import TemplateProcessing
 from evaluation.text import built_in_text, cut_windows, read_text
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 def test_the_built_in_text_is_long_repeats_no_topic_and_is_the_same_each_time():
     text = built_in_text()
     assert len(text) > 300_000

@@ -33,17 +33,7 @@ def load_windows(
     """
     Cut ``n_samples`` windows out of the text: ``data_dir`` tokens to prefill, ``continuation_length`` that follow.
 
-    Returns
-    -------
-    pd.DataFrame
-        Columns ``window``, ``start`` (in tokens) and ``task``.
-
-    Raises
-    ------
-    ValueError
-        If the text is too short for the windows, or no text.
-    OSError
-        If the text cannot be read.
+    Columns ``window``, ``start`` (in tokens) and ``task``. A ValueError says if the text is too short, or no text.
     """
     windows = cut_windows(read_text(text_file), tokenizer, n_samples, int(data_dir), continuation_length)
     return pd.DataFrame({"task": TASK, "start": [window.start for window in windows], "window": windows})

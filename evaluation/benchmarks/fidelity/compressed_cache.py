@@ -54,25 +54,11 @@ def read_continuation(
     model: PreTrainedModel, continuation_ids: torch.Tensor, cache: Cache, start: int, logits_to_keep: int = 0
 ) -> torch.Tensor:
     """
-    Feed tokens over a cache in one forward pass.
+    Feed tokens over a cache in one forward pass, which makes it longer.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        The one that filled the cache.
-    continuation_ids : torch.Tensor
-        Token ids, int64, shape ``(1, n_tokens)``.
-    cache : Cache
-        Grows by the tokens. Its layers may differ in length.
-    start : int
-        Position of the first token. A compressed cache is shorter than the text it stands for, so it cannot tell.
-    logits_to_keep : int
-        Make logits of the last so many tokens only; by default of all.
-
-    Returns
-    -------
-    torch.Tensor
-        Logits, shape ``(1, n_tokens, vocab_size)``.
+    Token ids, int64, are of shape ``(1, n_tokens)``, the logits that come out ``(1, n_tokens, vocab_size)``. Layers of
+    the cache may differ in length. It is shorter than the text it stands for, so it cannot tell the ``start``, the
+    position of the first token. Logits are made of the last ``logits_to_keep`` tokens only, or with 0 of all.
     """
     n_tokens = continuation_ids.shape[1]
     position_ids = torch.arange(start, start + n_tokens, device=model.device)[None]
@@ -89,10 +75,7 @@ def count_cache_bytes(model: PreTrainedModel, cache: DynamicCache) -> tuple[int,
     """
     Bytes of keys and values that a cache holds, and bytes of those that attention still sees.
 
-    Returns
-    -------
-    tuple[int, int]
-        They differ for presses that mask positions (``module.masked_key_indices``) and leave them in memory.
+    They differ for presses that mask positions (``module.masked_key_indices``) and leave them in memory.
     """
     held = masked = 0
     for layer_idx, attention in enumerate(attention_modules(model)):

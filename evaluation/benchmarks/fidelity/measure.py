@@ -39,23 +39,17 @@ class Fidelity:
 
     Parameters
     ----------
-    kl : float
+    kl, kl_per_token : float, tuple[float, ...]
         Kullback-Leibler divergence of the next-token distribution with the compressed cache from that with the full
-        cache, KL(full || compressed), in nats, mean over the scored tokens.
-    kl_per_token : tuple[float, ...]
-        The same for each scored token.
+        cache, KL(full || compressed), in nats, mean over the scored tokens, and for each of them.
     nll, nll_full : float
         Negative log-likelihood of the true continuation with the compressed and with the full cache, in nats, mean over
         the scored tokens.
     top1_agreement : float
         Share of the scored tokens at which both caches make the same token the most likely one.
-    cache_bytes : int
-        Bytes of keys and values that the cache holds after the prefill.
-    cache_bytes_seen : int
-        The same without positions that attention no longer sees: less than ``cache_bytes`` for presses that mask
-        positions and leave them in memory.
-    cache_bytes_full : int
-        Bytes of keys and values in the full cache.
+    cache_bytes, cache_bytes_seen, cache_bytes_full : int
+        Bytes of keys and values that the cache holds after the prefill, those of positions that attention still sees
+        (some presses mask positions and leave them in memory), and those of the full cache.
     prefill_seconds, prefill_seconds_full : float
         Wall-clock time of the prefill with the press (all that it does until its context exits) and without.
     attention_errors : tuple[float, ...]
@@ -82,14 +76,10 @@ class Reference:
 
     Parameters
     ----------
-    window : Window
-        What was read.
+    window, cache_bytes, prefill_seconds
+        What was read, bytes of its keys and values, and how long the prefill took.
     logits : torch.Tensor
         At each scored token's predecessor, shape ``(continuation_length - 1, vocab_size)``.
-    cache_bytes : int
-        Bytes of keys and values of the context.
-    prefill_seconds : float
-        Wall-clock time of the prefill.
     attention_inputs, attention_outputs : list[torch.Tensor]
         Per layer, what went into attention and what it gave before the output projection, over the continuation, shapes
         ``(1, continuation_length - 1, hidden_size)`` and ``(1, continuation_length - 1, num_heads * head_dim)``.
@@ -117,21 +107,9 @@ class Reference:
 @torch.no_grad()
 def measure_reference(model: PreTrainedModel, window: Window, *, attention_errors: bool = False) -> Reference:
     """
-    Read a window with the full cache.
+    Read a window with the full cache, and keep what the attention error of each layer needs if asked to.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A causal language model.
-    window : Window
-        Its continuation needs two tokens at least: one to read and one to score.
-    attention_errors : bool, default=False
-        Whether to keep what ``measure_fidelity`` needs for the attention error of each layer.
-
-    Raises
-    ------
-    ValueError
-        If the continuation has fewer than two tokens.
+    A ValueError says if the continuation has fewer than two tokens: one to read and one to score.
     """
     if window.continuation_ids.shape[1] < 2:
         raise ValueError(f"a continuation needs at least 2 tokens, got {window.continuation_ids.shape[1]}")
@@ -155,19 +133,7 @@ def measure_fidelity(model: PreTrainedModel, press: BasePress, reference: Refere
     that it had in the full-cache run. So queries are the same in both runs, and an error stems from this layer's cache
     alone, not from the layers below it. It is 0 where a layer was not compressed.
 
-    Parameters
-    ----------
-    model : PreTrainedModel
-        The one that the reference was measured with.
-    press : BasePress
-        Compresses the cache at the end of the prefill.
-    reference : Reference
-        What ``measure_reference`` gave.
-
-    Raises
-    ------
-    TypeError
-        For a press that acts while decoding only, which leaves the prefill's cache as it was.
+    A TypeError refuses a press that acts while decoding only, which leaves the prefill's cache as it was.
     """
     if isinstance(press, DecodingPress):
         raise TypeError(f"fidelity needs a press that compresses at prefill, got {type(press).__name__}")
@@ -186,10 +152,8 @@ def measure_fidelity(model: PreTrainedModel, press: BasePress, reference: Refere
         outputs: list[torch.Tensor] = []
         with watched_attention(model, [], outputs, given=reference.attention_inputs):
             read_continuation(model, continuation_ids, cache, start)
-        errors = tuple(
-            float((output - full).double().norm() / full.double().norm())
-            for output, full in zip(outputs, reference.attention_outputs)
-        )
+        pairs = zip(outputs, reference.attention_outputs)
+        errors = tuple(float((output - full).double().norm() / full.double().norm()) for output, full in pairs)
     return Fidelity(
         kl=float(kl.mean()),
         kl_per_token=tuple(kl.tolist()),
@@ -211,18 +175,9 @@ def compare_logits(
     """
     Compare two sets of next-token logits, in float64.
 
-    Parameters
-    ----------
-    full_logits, logits : torch.Tensor
-        With the full and with the compressed cache, shape ``(n_tokens, vocab_size)``.
-    target_ids : torch.Tensor
-        The tokens that truly follow, int64, shape ``(n_tokens,)``.
-
-    Returns
-    -------
-    tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-        Per token, each of shape ``(n_tokens,)`` on the CPU: KL(full || compressed) in nats, negative log-likelihood of
-        the target in nats with the compressed and with the full cache, and whether both have the same likeliest token.
+    Logits are of shape ``(n_tokens, vocab_size)``; ``target_ids``, int64, are the tokens that truly follow. Out come,
+    per token, on the CPU: KL(full || compressed) in nats, negative log-likelihood of the target in nats with the
+    compressed and with the full cache, and whether both have the same likeliest token.
     """
     parts = []
     for rows in torch.arange(len(target_ids)).split(_ROWS):

@@ -7,12 +7,6 @@ What the tasks are follows the paper (RULER: What's the Real Context Size of You
 arXiv 2404.06654). Wording, words and prose are our own, so scores are not those of the published dataset.
 """
 
-from evaluation.benchmarks.ruler_synthetic.tasks import (
-    QUESTION_TASKS,
-    TASKS,
-    check_tasks,
-    generate,
-    load_ruler_synthetic,
-)
+from evaluation.benchmarks.ruler_synthetic.tasks import QUESTION_TASKS, TASKS, check_tasks, generate
 
-__all__ = ["QUESTION_TASKS", "TASKS", "check_tasks", "generate", "load_ruler_synthetic"]
+__all__ = ["QUESTION_TASKS", "TASKS", "check_tasks", "generate"]

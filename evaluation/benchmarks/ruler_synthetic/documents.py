@@ -17,18 +17,9 @@ from evaluation.benchmarks.ruler_synthetic.sample import Measure, Sample
 @dataclass(frozen=True)
 class Question:
     """
-    A question with its documents.
+    A question, and answers any of which is right, with the documents that hold the answer.
 
-    Parameters
-    ----------
-    text : str
-        What is asked.
-    answers : list[str]
-        Any of them is right.
-    needed : list[str]
-        Documents that hold the answer.
-    related : list[str]
-        Documents on the same subject that do not: the first to be put around the needed ones.
+    Related ones are on the same subject and do not: the first to be put around the needed ones.
     """
 
     text: str
@@ -49,10 +40,7 @@ def read_squad(file: str | Path) -> Corpus:
     """
     Read SQuAD's JSON format (1.1 or 2.0; https://rajpurkar.github.io/SQuAD-explorer).
 
-    Raises
-    ------
-    ValueError
-        If the file is not of that format, or has no question with an answer.
+    A ValueError says if the file is not of that format, or has no question with an answer.
     """
 
     def parse(content: Any) -> Iterator[Question]:
@@ -73,10 +61,7 @@ def read_hotpotqa(file: str | Path) -> Corpus:
     """
     Read HotpotQA's JSON format (https://hotpotqa.github.io, the distractor setting).
 
-    Raises
-    ------
-    ValueError
-        If the file is not of that format, or has no question.
+    A ValueError says if the file is not of that format, or has no question.
     """
 
     def parse(content: Any) -> Iterator[Question]:
@@ -98,8 +83,6 @@ def write_questions(
 
     Parameters
     ----------
-    corpus : Corpus
-        Where the questions and documents come from.
     generators : iterable of random.Random
         One for each sample; draws its other documents, and the order of all.
     order : random.Random
@@ -107,10 +90,7 @@ def write_questions(
     measure : Measure
         The length of the contexts; the last document is cut to it.
 
-    Raises
-    ------
-    ValueError
-        If there are not enough questions whose documents fit, or not enough documents.
+    A ValueError says if there are not enough questions whose documents fit, or not enough documents.
     """
     questions = order.sample(corpus.questions, len(corpus.questions))
     fitting = (question for question in questions if measure.count_tokens(_write(question.needed)) <= measure.length)
@@ -125,10 +105,7 @@ def write_questions(
 def _write_sample(question: Question, corpus: Corpus, generator: random.Random, measure: Measure) -> Sample:
     kept_out = {*question.needed, *question.related}
     unrelated = [document for document in corpus.documents if document not in kept_out]
-    others = [
-        *generator.sample(question.related, len(question.related)),
-        *generator.sample(unrelated, len(unrelated)),
-    ]
+    others = [document for group in (question.related, unrelated) for document in generator.sample(group, len(group))]
     order_seed = generator.getrandbits(64)
 
     def write(n_words: int) -> str:

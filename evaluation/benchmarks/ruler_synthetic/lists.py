@@ -37,10 +37,7 @@ def write_variable_tracking(generator: random.Random, measure: Measure) -> Sampl
     """
     vt: a value is given to a variable and passed on from variable to variable; name all that hold it.
 
-    Raises
-    ------
-    ValueError
-        If the context cannot be as long as asked.
+    A ValueError, as from the others here, says if the context cannot be as long as asked.
     """
     introduction = (
         "Assignments to variables are hidden in the text below. Keep track of the value that each one holds.\n"
@@ -79,11 +76,6 @@ def write_common_words(generator: random.Random, measure: Measure) -> Sample:
     cwe: a numbered list in which ten words come ten times as often as the others; name the ten.
 
     They come 30 times, and the others 3 times, where the list is long enough for that and there are enough other words.
-
-    Raises
-    ------
-    ValueError
-        If the context cannot be as long as asked.
     """
     introduction = (
         "The list below repeats some words far more often than others. Remember those that it repeats most.\n"
@@ -122,16 +114,11 @@ def write_common_words(generator: random.Random, measure: Measure) -> Sample:
 
 def count_common_words(n_entries: int, common: list[str], uncommon: list[str]) -> list[str]:
     """
-    The words of a list of common and uncommon ones.
+    The words of a list of ``n_entries`` common and uncommon ones.
 
-    Parameters
-    ----------
-    n_entries : int
-        Length of the list.
-    common, uncommon : list[str]
-        Each common word is repeated ``COMMON_COUNT`` times, and each uncommon one ``UNCOMMON_COUNT`` times, for as many
-        uncommon ones as there is room for. Where more than three fifths of the list would be common words, all counts
-        are lower; where there are not enough uncommon words, all are higher.
+    Each common word is repeated ``COMMON_COUNT`` times, and each uncommon one ``UNCOMMON_COUNT`` times, for as many
+    uncommon ones as there is room for. Where more than three fifths of the list would be common words, all counts are
+    lower; where there are not enough uncommon words, all are higher.
     """
     scale = 1
     while True:
@@ -140,9 +127,9 @@ def count_common_words(n_entries: int, common: list[str], uncommon: list[str]) -
         if n_uncommon_entries <= uncommon_count * len(uncommon):
             break
         scale += 1
-    most_common_entries = n_entries * 3 // 5
-    if scale == 1 and common_count * len(common) > most_common_entries:
-        common_count = most_common_entries // len(common)
+    max_common_entries = n_entries * 3 // 5
+    if scale == 1 and common_count * len(common) > max_common_entries:
+        common_count = max_common_entries // len(common)
         uncommon_count = max(1, common_count * UNCOMMON_COUNT // COMMON_COUNT)
     entries = common * common_count
     repeated = itertools.chain.from_iterable(itertools.repeat(word, uncommon_count) for word in uncommon)
@@ -150,14 +137,7 @@ def count_common_words(n_entries: int, common: list[str], uncommon: list[str]) -
 
 
 def write_frequent_words(generator: random.Random, measure: Measure) -> Sample:
-    """
-    fwe: made-up words whose counts follow Zipf's law, under dots that are more frequent still; name the top three.
-
-    Raises
-    ------
-    ValueError
-        If the context cannot be as long as asked.
-    """
+    """fwe: made-up words whose counts follow Zipf's law, and dots that are more frequent still; name the top three."""
     introduction = "The text below is in code: dots mean nothing, and some words are more frequent than others.\n"
     question = (
         f"Question: Which {N_FREQUENT} coded words are the most frequent in the text above? Leave the dots out.\n"

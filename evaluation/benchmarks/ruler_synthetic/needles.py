@@ -10,14 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from evaluation.benchmarks.ruler_synthetic.sample import (
-    NOISE,
-    Essay,
-    Measure,
-    Sample,
-    hide_in_list,
-    hide_in_words,
-)
+from evaluation.benchmarks.ruler_synthetic.sample import NOISE, Essay, Measure, Sample, hide_in_list, hide_in_words
 from evaluation.benchmarks.ruler_synthetic.words import ADJECTIVES, NOUNS
 
 
@@ -26,14 +19,8 @@ class NeedleTask:
     """
     One retrieval task, as RULER's table of tasks defines it (arXiv 2404.06654, appendix B).
 
-    Parameters
-    ----------
-    haystack : {"noise", "essay", "needles"}
-        What the needles are hidden in: a few sentences over and over, prose, or other needles.
-    keys, values : {"words", "numbers", "uuids"}
-        What a needle's key and its value are made of. Numbers have seven digits.
-    n_keys, n_values, n_queries : int
-        Needles with different keys, values of each key, and keys that are asked for.
+    The haystack is a few sentences over and over, prose, or other needles. Numbers have seven digits. There are so many
+    needles with different keys, values of each key, and keys that are asked for.
     """
 
     haystack: Literal["noise", "essay", "needles"]
@@ -45,23 +32,9 @@ class NeedleTask:
 
     def write(self, depth: float, generator: random.Random, measure: Measure, essay: Essay) -> Sample:
         """
-        Make one sample.
+        Make one sample, the (first) needle that is asked for at a depth in [0, 1]; the generator draws everything else.
 
-        Parameters
-        ----------
-        depth : float
-            Where the needle goes (the first one that is asked for), in [0, 1].
-        generator : random.Random
-            Draws everything else.
-        measure : Measure
-            The length of the context.
-        essay : Essay
-            The haystack of the tasks that hide needles in prose.
-
-        Raises
-        ------
-        ValueError
-            If the context cannot be as long as asked.
+        A ValueError says if the context cannot be as long as asked.
         """
         draw_key, draw_value = _distinct(_MAKERS[self.keys], generator), _distinct(_MAKERS[self.values], generator)
         keys = [draw_key() for _ in range(self.n_keys)]

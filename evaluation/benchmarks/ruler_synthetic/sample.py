@@ -48,39 +48,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measure:
-    """
-    The length that a context must have, in tokens of the model at hand.
-
-    Parameters
-    ----------
-    length : int
-        Tokens.
-    count_tokens : callable
-        Number of tokens of a text.
-    """
+    """The length that a context must have, in tokens of the model at hand, and what counts those of a text."""
 
     length: int
     count_tokens: Callable[[str], int]
 
     def fit(self, write: Callable[[int], str]) -> int:
         """
-        Find how much filler brings a context to the length.
+        Find how many units of filler give at most ``length`` tokens, and hardly fewer if the units are small enough.
 
-        Parameters
-        ----------
-        write : callable
-            The context with ``n`` units of filler, which grows about linearly with ``n``. Called several times, so it
-            must be a function of ``n`` alone.
+        ``write`` gives the context with ``n`` of them, which grows about linearly with ``n``. It is called several
+        times, so it must be a function of ``n`` alone.
 
-        Returns
-        -------
-        int
-            The number of units that gives at most ``length`` tokens, and hardly fewer if the units are small enough.
-
-        Raises
-        ------
-        ValueError
-            If there is no room for any filler.
+        A ValueError says if there is no room for any.
         """
         low, n_low = 0, self.count_tokens(write(0))
         if n_low > self.length:
@@ -118,26 +98,14 @@ class Measure:
     def check(self, context: str) -> None:
         """Raise a ``ValueError`` if ``context`` is too short."""
         if self.is_too_short(context):
+            nearest = self.count_tokens(context)
             raise ValueError(
-                f"no context of {self.length} tokens can be written: the nearest that its pieces come to is "
-                f"{self.count_tokens(context)}"
+                f"no context of {self.length} tokens can be written: the nearest that its pieces come to is {nearest}"
             )
 
 
 class Essay:
-    """
-    Prose to hide needles in.
-
-    Parameters
-    ----------
-    text : str
-        Any text. Its line breaks and indents are dropped.
-
-    Raises
-    ------
-    ValueError
-        If the text has no words.
-    """
+    """Prose to hide needles in: any text, without its line breaks and indents. A ValueError if it has no words."""
 
     def __init__(self, text: str):
         self.words = text.split()

@@ -39,22 +39,6 @@ _PLAIN_SHARE = 0.94
 _MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 
 
-def load_ruler_synthetic(
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    data_dir: str,
-    n_samples: int,
-    tasks: Sequence[str] | None,
-    seed: int,
-    text_file: str | None,
-    squad_file: str | None,
-    hotpotqa_file: str | None,
-) -> pd.DataFrame:
-    """Samples of ``data_dir`` tokens, ``n_samples`` of each task: see ``generate``."""
-    files = {"text_file": text_file, "squad_file": squad_file, "hotpotqa_file": hotpotqa_file}
-    return generate(tokenizer, int(data_dir), n_samples=n_samples, tasks=tasks, seed=seed, **files)
-
-
 def prose_of(text: str) -> str:
     """The paragraphs of a text that are whole sentences in plain words: no headings, code, tables or lists."""
     paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
@@ -72,16 +56,7 @@ def _built_in_essay() -> Essay:
 
 
 def check_tasks(tasks: Sequence[str], files: Mapping[str, str | Path | None]) -> None:
-    """
-    Raise a ``ValueError`` if a task is unknown or lacks its file.
-
-    Parameters
-    ----------
-    tasks : sequence of str
-        Names of tasks.
-    files : mapping
-        What is given for ``squad_file`` and ``hotpotqa_file``.
-    """
+    """Raise a ``ValueError`` if a task is unknown or lacks its file among ``squad_file`` and ``hotpotqa_file``."""
     for task in tasks:
         if task not in TASKS and task not in QUESTION_TASKS:
             raise ValueError(f"there is no task {task!r}{closest(task, [*TASKS, *QUESTION_TASKS])}")
@@ -91,7 +66,7 @@ def check_tasks(tasks: Sequence[str], files: Mapping[str, str | Path | None]) ->
 
 def generate(
     tokenizer: PreTrainedTokenizerBase,
-    length: int,
+    data_dir: str | int,
     *,
     n_samples: int = 25,
     tasks: Sequence[str] | None = None,
@@ -105,16 +80,10 @@ def generate(
 
     Parameters
     ----------
-    tokenizer : PreTrainedTokenizerBase
-        Measures the contexts.
-    length : int
+    data_dir : str or int
         Tokens of each context, without what a chat template adds; at most 2 % fewer.
-    n_samples : int
-        Samples of each task.
     tasks : sequence of str, optional
-        Names of tasks; by default all for which there is a file or which need none.
-    seed : int
-        Draws everything.
+        Names of tasks, each of ``n_samples``; by default all for which there is a file or which need none.
     text_file : path, optional
         Prose for the tasks that hide needles in an essay; by default the built-in text.
     squad_file, hotpotqa_file : path, optional
@@ -130,9 +99,8 @@ def generate(
     ------
     ValueError
         If a task is unknown or lacks its file, a length does not suit a task, or a file is not of its format.
-    OSError
-        If a file cannot be read.
     """
+    length = int(data_dir)
     files = {"squad_file": squad_file, "hotpotqa_file": hotpotqa_file}
     if tasks is None:
         tasks = [*TASKS, *(task for task, (setting, _) in QUESTION_TASKS.items() if files[setting] is not None)]

@@ -33,11 +33,6 @@ def random_window(continuation_length=CONTINUATION_LENGTH):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
 def reference(model):
     return measure_reference(model, random_window(), attention_errors=True)
 

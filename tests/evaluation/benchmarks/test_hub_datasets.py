@@ -7,7 +7,6 @@ from unittest.mock import Mock
 import datasets
 import pandas as pd
 import pytest
-from tiny import tiny_model, tiny_tokenizer
 
 from evaluation.benchmarks import longbench, needle_in_haystack
 from evaluation.benchmarks.hub import REPOSITORIES, DatasetUnavailableError, load_hub_dataset
@@ -33,16 +32,6 @@ RULER_ROWS = [
         "task": "qa_1",
     },
 ]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from collections import Counter
 
 import pandas as pd
 import pytest
-from tiny import tiny_tokenizer
 
 from evaluation.benchmarks.ruler import string_match
 from evaluation.benchmarks.ruler_synthetic import QUESTION_TASKS, TASKS, generate
@@ -21,11 +20,6 @@ LENGTH = 2000  # bytes, with this tokenizer; about 500 tokens of a real one
 
 STATEMENT = re.compile(r"One of the secret (?:numbers|codes) for (\S+) is: (\S+)\.")
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")

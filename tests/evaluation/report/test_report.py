@@ -18,7 +18,6 @@ import pytest
 import yaml
 from kvpress import KnormPress, SnapKVPress
 from run_folders import write_run
-from tiny import tiny_model, tiny_tokenizer
 
 from evaluation.__main__ import main
 from evaluation.config import EvaluationConfig
@@ -134,8 +133,7 @@ def test_a_report_is_replaced_but_nothing_else_is(results, tmp_path, capsys):
 # What a report holds.
 
 
-def test_what_runs_write_is_what_a_report_reads(tmp_path, capsys):
-    model, tokenizer = tiny_model(), tiny_tokenizer(tmp_path / "tokenizer")
+def test_what_runs_write_is_what_a_report_reads(model, tokenizer, tmp_path, capsys):
     settings = {"n_samples": 2, "quiet": True, "output_dir": tmp_path / "results"}
     for name in ("no_press", "snapkv", "merging_snapkv"):
         for more in (
@@ -157,7 +155,7 @@ def test_what_runs_write_is_what_a_report_reads(tmp_path, capsys):
     assert "Note" not in capsys.readouterr().out
 
 
-def test_the_verdict_tells_merged_and_re_fitted_runs_apart():
+def test_the_verdict_tells_merging_and_matching_apart():
     rows = [("merged", "better"), ("merged, merge_fraction=0.5", "no difference shown"), ("matching", "worse")]
     sentence = verdict_on(pd.DataFrame(rows, columns=["kind", "verdict"]))
     assert "merged is better in 1 and worse in 0 of 2, matching is better in 0 and worse in 1 of 1 comp" in sentence

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from tiny import tiny_checkpoint
 
 from evaluation.__main__ import main
 from evaluation.evaluate import prepare
@@ -31,10 +30,8 @@ SECONDS = ["seconds", "prefill_seconds", "prefill_seconds_full"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_checkpoint(folder)
-    return folder
+def model(checkpoint) -> Path:
+    return checkpoint
 
 
 @pytest.fixture(autouse=True)
