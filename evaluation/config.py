@@ -99,8 +99,8 @@ class EvaluationConfig:
     fraction: float = setting(1.0,
         "share of the samples, drawn with the seed, in (0, 1]", ABOVE_0, (1, "fraction{:.3f}"))
     max_new_tokens: int | None = setting(None,
-        "longest answer, in tokens, by default the dataset's own; 0 generates none, and measures only how likely the "
-        "reference answers are", integer(0), (20, "max_new_tokens{}"), **_ASKED)
+        "longest answer, in tokens; by default the dataset's own; with 0 reference answers are read and none is given",
+        integer(0), (20, "max_new_tokens{}"), **_ASKED)
     max_context_length: int | None = setting(None,
         "cut contexts to so many tokens; by default to what the model can take", POSITIVE, (2, "max_context{}"),
         **_ASKED)
@@ -152,6 +152,8 @@ class EvaluationConfig:
         datasets=("ruler", "ruler-synthetic"))
     n_samples: int = setting(25,
         "ruler-synthetic: samples of each task; fidelity: windows", POSITIVE, (31, "n_samples{}"), datasets=MADE_HERE)
+    n_questions: int = setting(1,
+        "ruler-synthetic: questions about each context", POSITIVE, (37, "n_questions{}"), datasets=("ruler-synthetic",))
     text_file: str | None = setting(None,
         "fidelity: UTF-8 text to measure on; ruler-synthetic: to hide needles in; by default built in", None,
         (34, _stem), datasets=MADE_HERE)
@@ -160,8 +162,7 @@ class EvaluationConfig:
     hotpotqa_file: str | None = setting(None,
         "ruler-synthetic: HotpotQA's JSON file, for the task qa_2", None, (36, _stem), datasets=("ruler-synthetic",))
     answer_kl: bool = setting(False,
-        "measure how far from the full cache the press is at the reference answers too: one more prefill a context",
-        None, (24, "answer_kl"), **_ASKED)
+        "measure the KL from the full cache too, with one more prefill a context", None, (24, "answer_kl"), **_ASKED)
     continuation_length: int = setting(129,
         "fidelity: tokens that follow a context; all but the first are scored", integer(2),
         (32, "continuation_length{}"), datasets=("fidelity",))

@@ -156,7 +156,7 @@ def answer(evaluation: Evaluation) -> pd.DataFrame:
         device = None if hasattr(evaluation.model, "hf_device_map") else evaluation.model.device
         kwargs: dict[str, Any] = {"model": evaluation.model, "tokenizer": tokenizer, "device": device}
         pipeline = LikelihoodPipeline(**kwargs)
-        by = ["sample"] if isinstance(press, DecodingPress) else ["context", "answer_prefix", "max_new_tokens"]
+        by = ["sample"] if isinstance(press, DecodingPress) else ["context", "max_new_tokens"]
         answers = []
         with tqdm(total=len(samples), desc=config.dataset, unit="sample", disable=config.quiet, leave=None) as progress:
             for _, group in samples.groupby(by, sort=False, dropna=False):
@@ -181,19 +181,17 @@ def answer_about(
     """
     first = questions.iloc[0]
     references = references_of(questions)
-    asked: dict[str, Any] = {
+    asked = (first["context"], questions["answer_prefix"].to_list(), references)
+    settings: dict[str, Any] = {
         "questions": questions["question"].to_list(),
-        "answer_prefix": first["answer_prefix"],
         "max_context_length": config.max_context_length,
     }
     max_new_tokens = int(first["max_new_tokens"]) if config.max_new_tokens is None else config.max_new_tokens
     full: list[list[Reading]] | None = None
     if config.answer_kl and press is not None:
-        _, full, _ = pipeline.ask(first["context"], references, max_new_tokens=0, **asked)
+        _, full, _ = pipeline.ask(*asked, max_new_tokens=0, **settings)
     started = time.perf_counter()
-    answers, readings, seconds_of_reading = pipeline.ask(
-        first["context"], references, press=press, max_new_tokens=max_new_tokens, **asked
-    )
+    answers, readings, seconds_of_reading = pipeline.ask(*asked, press=press, max_new_tokens=max_new_tokens, **settings)
     seconds = (time.perf_counter() - started - seconds_of_reading) / len(questions)
     ratio = 0.0 if press is None else getattr(press, "compression_ratio", float("nan"))
     row: dict[str, Any] = {"predicted_answer": answers, "compression_ratio": ratio, "seconds": seconds}

@@ -145,7 +145,13 @@ class LikelihoodPipeline(KVPressTextGenerationPipeline):
     """kvpress's pipeline, which also reads reference answers over the cache, before it generates one."""
 
     def ask(
-        self, context: str, references: Sequence[Sequence[str]], *, max_new_tokens: int, **kwargs: Any
+        self,
+        context: str,
+        answer_prefixes: Sequence[str | None],
+        references: Sequence[Sequence[str]],
+        *,
+        max_new_tokens: int,
+        **kwargs: Any,
     ) -> tuple[list[str], list[list[Reading]], float]:
         """
         Ask questions about one context, over one prefill.
@@ -154,8 +160,8 @@ class LikelihoodPipeline(KVPressTextGenerationPipeline):
         ----------
         context : str
             What is prefilled.
-        references : sequence of sequence of str
-            The reference answers to each question.
+        answer_prefixes, references : sequence
+            How the answer to each question begins, and its reference answers.
         max_new_tokens : int
             Longest answer, in tokens; with 0 none is generated.
         **kwargs
@@ -167,12 +173,21 @@ class LikelihoodPipeline(KVPressTextGenerationPipeline):
         tuple[list[str], list[list[Reading]], float]
             What the model answered, the readings, both one for each question, and the seconds that these took.
         """
+        self._answer_prefixes = answer_prefixes
         is_read = not evicts_while_decoding(kwargs.get("press"))
         self._references = iter(references if is_read else [[]] * len(references))
         self._readings: list[list[Reading]] = []
         self._seconds = 0.0
         answers = self(context, max_new_tokens=max_new_tokens, **kwargs)["answers"]
         return answers, self._readings, self._seconds
+
+    def preprocess(self, context: str, questions: list[str], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """See the pipeline: tokens of the context, and of each question with its own answer prefix."""
+        encoded = [
+            super(LikelihoodPipeline, self).preprocess(context, [question], **{**kwargs, "answer_prefix": prefix or ""})
+            for question, prefix in zip(questions, self._answer_prefixes, strict=True)
+        ]
+        return {**encoded[0], "questions_ids": [ids for of_question in encoded for ids in of_question["questions_ids"]]}
 
     def generate_answer(
         self, question_ids: torch.Tensor, cache: Cache, context_length: int, max_new_tokens: int

@@ -12,6 +12,7 @@ from kvpress import (
     DMSPress,
     KeyRerotationPress,
     KnormPress,
+    KVPressTextGenerationPipeline,
     PrefillDecodingPress,
     PyramidKVPress,
     SnapKVPress,
@@ -145,9 +146,9 @@ def ask(model, tokenizer, press, max_new_tokens=6, references=(["one"], ["two", 
     questions = ["Which is it?", "And that?"]
     return pipeline.ask(
         "Some words that are long enough to evict a few. " * 3,
+        ["It is", "That is"],
         references,
         questions=questions,
-        answer_prefix="It is",
         press=press,
         max_new_tokens=max_new_tokens,
     )
@@ -246,11 +247,10 @@ def test_a_run_measures_the_likelihood_beside_the_answers(model, tokenizer, ques
     pipeline = LikelihoodPipeline(model=model, tokenizer=tokenizer)
     readings = [
         pipeline.ask(
-            questions["context"][1], [row["answer"]], questions=["Dog?"], answer_prefix="It is", press=press,
-            max_new_tokens=0,
+            questions["context"][1], ["It is"], [row["answer"]], questions=["Dog?"], press=press, max_new_tokens=0
         )[1][0]
         for press in (None, KnormPress(0.5))
-    ]  # fmt: skip
+    ]
     assert row["answer_nll"] == answer_nll(readings[1])
     assert row["answer_kl"] == answer_kl(*readings) > 0
     assert set(metrics["pets"]) == {"string_match", "answer_nll", "answer_kl"}
@@ -259,6 +259,33 @@ def test_a_run_measures_the_likelihood_beside_the_answers(model, tokenizer, ques
     assert "answer_kl" not in plain
     assert plain["answer_nll"].tolist() == predictions["answer_nll"].tolist()
     assert plain["predicted_answer"].tolist() == predictions["predicted_answer"].tolist()
+
+
+def test_several_questions_about_a_context_are_asked_in_turn_over_one_prefill(model, tokenizer):
+    prefills = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: prefills.append(1) if kwargs["input_ids"].shape[1] > 500 else None,
+        with_kwargs=True,
+    )
+    settings = {"data_dir": "1500", "n_samples": 2, "tasks": ["niah_multivalue"], "n_questions": 3, "max_new_tokens": 4}
+    config = EvaluationConfig(press_name="knorm", quiet=True, **settings)
+    try:
+        evaluation = prepare(config, model, tokenizer)
+        predictions, _ = measure(evaluation)
+    finally:
+        handle.remove()
+    assert len(prefills) == 2
+    assert predictions["turn"].tolist() == [1, 2, 3] * 2
+    pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer, device="cpu")
+    for sample, row in zip(evaluation.samples.itertuples(), predictions.itertuples(), strict=True):
+        asked = {"question": row.question, "answer_prefix": row.answer_prefix, "max_new_tokens": 4}
+        assert row.predicted_answer == pipeline(sample.context, press=KnormPress(0.5), **asked)["answer"]
+
+
+def test_several_questions_need_one_compressed_context(model, tokenizer):
+    config = EvaluationConfig(press_name="knorm", n_questions=2, query_aware=True)
+    with pytest.raises(ValueError, match="--query_aware compresses one for each"):
+        prepare(config, model, tokenizer)
 
 
 def test_the_full_cache_is_no_distance_from_itself(model, tokenizer, questions):

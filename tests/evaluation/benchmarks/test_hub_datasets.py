@@ -55,7 +55,7 @@ def said(monkeypatch):
         waiting = list(answers)
         monkeypatch.setattr(
             "evaluation.evaluate.LikelihoodPipeline.ask",
-            lambda self, context, references, **kwargs: (
+            lambda self, context, prefixes, references, **kwargs: (
                 [waiting.pop(0) for _ in references],
                 [[]] * len(references),
                 0.0,
