@@ -26,7 +26,7 @@ from evaluation.models import BUILT_IN_MODEL, BUILT_IN_MODELS, ModelUnavailableE
 from evaluation.report.page import draw
 from evaluation.report.plots import Styles
 from evaluation.report.runs import Run, read_results
-from evaluation.report.summary import compare_all, summarize
+from evaluation.report.summary import KIND_ORDER, compare_all, summarize
 from evaluation.report.tables import show
 
 PRESSES = {"knorm": "knorm", "expected_attention_head": "expected_attention", "snapkv": "snapkv"}
@@ -101,10 +101,10 @@ def main(argv: Sequence[str]) -> None:
     print(
         f"\nNeedle: the context says {', '.join(json.loads(question['answer']))}. Asked: {question['question'].strip()}"
     )
-    for each in sorted(answers, key=lambda each: each.kind != "full"):
-        row = each.predictions.iloc[0]
+    for each in sorted(answers, key=lambda each: (each.kind != "full", each.press, KIND_ORDER.index(each.kind))):
+        row, label = each.predictions.iloc[0], f"{each.press} {each.ratio:g}, {each.kind}"
         found, said = "found" if row["string_match"] else "missed", " ".join(str(row["predicted_answer"]).split())
-        print(f"  {each.press} {each.ratio:g}, {each.kind:8}  {found:6}  {said}")
+        print(f"  {label:37}  {found:6}  {said}")
     print(f"\nWritten to {folder / 'demo.json'} and {folder / 'demo.png'} after {record['seconds']:.0f} s.")
 
 

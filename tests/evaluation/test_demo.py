@@ -8,11 +8,14 @@ from matplotlib.image import imread
 
 from evaluation import demo
 from evaluation.demo import DemoConfig, verdict
+from evaluation.text import built_in_text
 
 
 def run_demo(model_folder, output_folder):
+    text = output_folder.with_suffix(".txt")
+    text.write_text(built_in_text()[:4000])
     flags = ["--n_contexts=2", "--context_length=160", "--continuation_length=9", "--device=cpu", "--quiet"]
-    demo.main([f"--model={model_folder}", f"--output_dir={output_folder}", *flags])
+    demo.main([f"--model={model_folder}", f"--output_dir={output_folder}", f"--text_file={text}", *flags])
     return json.loads((output_folder / "demo.json").read_text())
 
 
