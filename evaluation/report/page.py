@@ -24,7 +24,12 @@ from kvpress_merging import __version__
 
 
 def render_page(
-    folder: Path, results: Results, benchmarks: Sequence[Benchmark], notes: Sequence[str], scores: pd.DataFrame
+    folder: Path,
+    results: Results,
+    benchmarks: Sequence[Benchmark],
+    notes: Sequence[str],
+    scores: pd.DataFrame,
+    turns: pd.DataFrame,
 ) -> str:
     """The page as HTML, with the plots, which are written to ``folder`` too. All text but their SVG is escaped."""
     runs = results.runs
@@ -69,6 +74,7 @@ def render_page(
         notes=list(notes),
         benchmarks=sections,
         scores=scores,
+        turns=turns,
         references=[
             {
                 **{name: "" if row.get(name) is None else row[name] for name in ("data_dir", "model")},

@@ -54,8 +54,12 @@ def said(monkeypatch):
     def say(*answers):
         waiting = list(answers)
         monkeypatch.setattr(
-            "evaluation.evaluate.KVPressTextGenerationPipeline",
-            lambda **kwargs: lambda context, questions, **kwargs: {"answers": [waiting.pop(0) for _ in questions]},
+            "evaluation.evaluate.LikelihoodPipeline.ask",
+            lambda self, context, prefixes, references, **kwargs: (
+                [waiting.pop(0) for _ in references],
+                [[]] * len(references),
+                0.0,
+            ),
         )
 
     return say

@@ -142,7 +142,7 @@ def test_what_runs_write_is_what_a_report_reads(model, tokenizer, tmp_path, caps
     main(["report", str(tmp_path / "results")])
     table = pd.read_csv(tmp_path / "results" / "report" / "comparisons.csv")
     assert table["metric"].value_counts().to_dict() == {
-        "string_match": 3, "kl": 1, "nll_increase": 1, "top1_agreement": 1, "attention_error": 1,
+        "string_match": 3, "answer_nll": 3, "kl": 1, "nll_increase": 1, "top1_agreement": 1, "attention_error": 1,
     }  # fmt: skip
     kl = table.set_index("metric").loc["kl"]
     folders = {
@@ -157,6 +157,27 @@ def test_the_verdict_tells_merging_and_matching_apart():
     rows = [("merged", "better"), ("merged, merge_fraction=0.5", "no difference shown"), ("matching", "worse")]
     sentence = verdict_on(pd.DataFrame(rows, columns=["kind", "verdict"]))
     assert "merged is better in 1 and worse in 0 of 2, matching is better in 0 and worse in 1 of 1 comp" in sentence
+
+
+def test_several_questions_about_a_context_have_a_table_by_turn(tmp_path):
+    scores = {"niah_multivalue": [0, 100, 50, 50, 0, 0]}
+    for name, press in (("knorm", KnormPress(0.5)), ("merging_knorm", MergingPress(KnormPress(0.5)))):
+        write_run(tmp_path, name, press, scores, n_questions=2)
+    main(["report", str(tmp_path)])
+    turns = pd.read_csv(tmp_path / "report" / "turns.csv")
+    assert turns["kind"].tolist() == ["bare", "bare", "merged", "merged"]
+    assert turns["turn"].tolist() == [1, 2] * 2
+    assert turns["mean"].tolist() == pytest.approx([50 / 3, 50] * 2)
+    assert (turns["n_samples"] == 3).all()
+    assert ((turns["low"] <= turns["mean"]) & (turns["mean"] <= turns["high"])).all()
+    assert "Means of each run, metric and turn" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_without_several_questions_there_is_no_table_by_turn(tmp_path):
+    write_run(tmp_path, "knorm", KnormPress(0.5), {"vt": [0, 100]})
+    main(["report", str(tmp_path)])
+    assert not (tmp_path / "report" / "turns.csv").exists()
+    assert "By turn" not in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_what_a_heat_map_says_of_its_colours_is_not_cut_off():
