@@ -8,6 +8,7 @@ import gc
 import os
 from collections.abc import Mapping, Sequence
 
+import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -47,28 +48,31 @@ class Worker:
             What an earlier sweep has measured of cells, by the names of their folders.
         """
         rows = {config.folder_name(): dict(finished.get(config.folder_name(), {})) for config in cells}
-        alone = list(cells)
-        if len(cells) > 1:
-            alone = []
-            for config, outcome in self._measure_together(cells, rows):
-                if isinstance(outcome, Alone):
-                    alone.append(config)
-                yield config, outcome
-        for config in alone:
-            yield from self._measure_alone(config, rows[config.folder_name()])
-
-    def _measure_together(self, cells: Sequence[EvaluationConfig], rows: Mapping[str, Rows]) -> Outcomes:
+        if len(cells) == 1:
+            yield from self._measure_alone(cells[0], rows[cells[0].folder_name()])
+            return
         try:
-            model, tokenizer = self._load(cells[0])
+            _, tokenizer = self._load(cells[0])
             set_seed(cells[0].seed)
             samples = load_samples(cells[0], tokenizer)
         except Exception as error:
             yield from ((config, Failed.of(error)) for config in cells)
             return
+        alone = []
+        for config, outcome in self._measure_together(cells, samples, rows):
+            if isinstance(outcome, Alone):
+                alone.append(config)
+            yield config, outcome
+        for config in alone:
+            yield from self._measure_alone(config, rows[config.folder_name()], samples)
+
+    def _measure_together(
+        self, cells: Sequence[EvaluationConfig], samples: pd.DataFrame, rows: Mapping[str, Rows]
+    ) -> Outcomes:
         evaluations = {}
         for config in cells:
             try:
-                evaluations[config.folder_name()] = prepare(config, model, tokenizer, samples)
+                evaluations[config.folder_name()] = prepare(config, *self._load(config), samples)
             except Exception as error:
                 yield config, Failed.of(error)
         pending = {name: evaluation.config for name, evaluation in evaluations.items()}
@@ -78,9 +82,9 @@ class Worker:
         except Exception as error:
             yield from ((config, Alone(f"sharing failed: {describe(error)}")) for config in pending.values())
 
-    def _measure_alone(self, config: EvaluationConfig, rows: Rows) -> Outcomes:
+    def _measure_alone(self, config: EvaluationConfig, rows: Rows, samples: pd.DataFrame | None = None) -> Outcomes:
         try:
-            evaluation = prepare(config, *self._load(config))
+            evaluation = prepare(config, *self._load(config), samples)
             with reading(evaluation) as read:
                 for context in contexts_of(read, config):
                     if not rows.keys() >= set(context["sample"]):

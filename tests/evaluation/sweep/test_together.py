@@ -323,9 +323,13 @@ def test_a_line_that_was_being_written_is_cut_off(model, tmp_path, monkeypatch):
     assert json.loads(about)["settings"]["n_samples"] == 3
     assert [json.loads(line)["sample"] for line in lines] == [0, 1]
     file.write_text(about + lines[0] + lines[1][:-20])
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        assert sweep(tmp_path / "grid.yaml", tmp_path / "results") == 130
+    assert [json.loads(line)["sample"] for line in file.read_text().splitlines()[1:]] == [0, 1]
     calls = watch_prefills(monkeypatch)
     assert sweep(tmp_path / "grid.yaml", tmp_path / "results") == 0
-    assert calls == [1, 1]
+    assert calls == [1]
     assert sweep(tmp_path / "grid.yaml", tmp_path / "whole") == 0
     assert results(tmp_path / "results") == results(tmp_path / "whole")
 
