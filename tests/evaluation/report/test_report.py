@@ -20,7 +20,7 @@ from run_folders import write_run
 from evaluation.__main__ import main
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import run
-from evaluation.report.plots import plot_heat_map
+from evaluation.report.plots import Styles, plot_heat_map, plot_lines
 from evaluation.report.summary import verdict_on
 from evaluation.report.tables import as_markdown
 from evaluation.report.write import MARKER
@@ -192,6 +192,28 @@ def test_what_a_heat_map_says_of_its_colours_is_not_cut_off():
     label = next(axes.xaxis.label for axes in figure.axes if "blue is better" in axes.get_xlabel())
     extent = label.get_window_extent()
     assert figure.bbox.x0 <= extent.x0 < extent.x1 <= figure.bbox.x1
+
+
+def test_rulers_picture_is_a_panel_a_press_with_intervals_of_the_mean_of_tasks():
+    points = [
+        (press, kind, ratio, value, value - 5, value + 5)
+        for press, value in (("knorm", 40.0), ("snapkv", 60.0))
+        for kind in ("bare", "merged", "matching")
+        for ratio in (0.25, 0.5)
+    ]
+    table = pd.DataFrame(points, columns=["press", "kind", "ratio", "value", "low", "high"])
+    references = [{"press": press, "compression_ratio": 0.5, "score": 50} for press in ("snapkv", "tova")]
+    styles = Styles(["knorm", "snapkv"], ["bare", "merged", "matching"])
+    figure = plot_lines(table, styles, "score", full=90.0, references=references, panels=True)
+    knorm, snapkv = (axes for axes in figure.axes if axes.get_visible())
+    assert (knorm.get_title(), snapkv.get_title()) == ("knorm", "snapkv")
+    # The full cache, three kinds, and the press's own published score.
+    assert (len(knorm.lines), len(snapkv.lines)) == (4, 5)
+    for axes, value in ((knorm, 40), (snapkv, 60)):
+        for band in axes.collections:
+            ends = band.get_paths()[0].vertices[:, 1]
+            assert (ends.min(), ends.max()) == (value - 5, value + 5)
+        assert len(axes.collections) == 3
 
 
 def test_a_report_has_tables_plots_and_a_page(report):
