@@ -197,9 +197,11 @@ def test_results_that_would_run_code_are_read_as_text(trap, tmp_path):
     folder = tmp_path / "results" / config.folder_name()
     folder.mkdir(parents=True)
     config.save(folder / "config.yaml", {})
-    (folder / "predictions.csv").write_text("index,task,answer,score\n0,a,__import__('os'),1.0\n")
-    (folder / "metrics.json").write_text("{}")
-    assert "__import__" in read_run(folder).config["press_init_command"]
+    (folder / "predictions.csv").write_text("sample,task,answer,score\n0,a,__import__('os'),1.0\n")
+    (folder / "metrics.json").write_text('{"a": {"score": 1.0}}')
+    run = read_run(folder)
+    assert "__import__" in run.config["press_init_command"]
+    assert "__import__" in run.predictions["answer"].iloc[0]
     (folder / "config.yaml").write_text(hostile_yaml(trap))
     assert find_results(config) is None
     with pytest.raises(ValueError):
