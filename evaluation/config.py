@@ -20,7 +20,7 @@ import yaml
 from kvpress import BasePress, DecodingPress, DMSPress, DuoAttentionPress, ThinKPress
 
 from evaluation.cli import closest
-from evaluation.models import BUILT_IN_MODEL, RESERVED_KWARGS
+from evaluation.models import BUILT_IN_MODEL, BUILT_IN_MODELS, RESERVED_KWARGS
 from evaluation.settings import ABOVE_0, BELOW_1, POSITIVE, UP_TO_1, Setting, integer, setting
 from kvpress_merging import AttentionMatchingPress, MergeOnEvictPress, MergingPress
 
@@ -80,7 +80,7 @@ class EvaluationConfig:
     data_dir: str | None = setting(None,
         "which part of the dataset: its folder on the hub (ruler: the length, longbench: the task), or a local folder "
         f"with its parquet files; for {' and '.join(MADE_HERE)} the tokens in a context, by default {DEFAULT_LENGTH}")
-    model: str = setting(BUILT_IN_MODEL, "the built-in 'smollm2', a folder, or a hub id")
+    model: str = setting(BUILT_IN_MODEL, f"a built-in one ({', '.join(BUILT_IN_MODELS)}), a folder, or a hub id")
     device: str | None = setting(None, "torch device, or 'auto' to use all GPUs; by default what there is", **_HOW)
     press_name: str = setting("knorm",
         "a press of kvpress, by the name in kvpress's evaluation, or the same with merging_ or matching_ before it; "
@@ -99,7 +99,8 @@ class EvaluationConfig:
     fraction: float = setting(1.0,
         "share of the samples, drawn with the seed, in (0, 1]", ABOVE_0, (1, "fraction{:.3f}"))
     max_new_tokens: int | None = setting(None,
-        "longest answer, in tokens; by default the dataset's own", POSITIVE, (20, "max_new_tokens{}"), **_ASKED)
+        "longest answer, in tokens; by default the dataset's own; with 0 reference answers are read and none is given",
+        integer(0), (20, "max_new_tokens{}"), **_ASKED)
     max_context_length: int | None = setting(None,
         "cut contexts to so many tokens; by default to what the model can take", POSITIVE, (2, "max_context{}"),
         **_ASKED)
@@ -151,6 +152,8 @@ class EvaluationConfig:
         datasets=("ruler", "ruler-synthetic"))
     n_samples: int = setting(25,
         "ruler-synthetic: samples of each task; fidelity: windows", POSITIVE, (31, "n_samples{}"), datasets=MADE_HERE)
+    n_questions: int = setting(1,
+        "ruler-synthetic: questions about each context", POSITIVE, (37, "n_questions{}"), datasets=("ruler-synthetic",))
     text_file: str | None = setting(None,
         "fidelity: UTF-8 text to measure on; ruler-synthetic: to hide needles in; by default built in", None,
         (34, _stem), datasets=MADE_HERE)
@@ -158,6 +161,9 @@ class EvaluationConfig:
         "ruler-synthetic: SQuAD's JSON file, for the task qa_1", None, (35, _stem), datasets=("ruler-synthetic",))
     hotpotqa_file: str | None = setting(None,
         "ruler-synthetic: HotpotQA's JSON file, for the task qa_2", None, (36, _stem), datasets=("ruler-synthetic",))
+    answer_kl: bool = setting(False,
+        "measure the KL from the full cache too, with one more prefill a context, which cells of a sweep share", None,
+        (24, "answer_kl"), **_ASKED)
     continuation_length: int = setting(129,
         "fidelity: tokens that follow a context; all but the first are scored", integer(2),
         (32, "continuation_length{}"), datasets=("fidelity",))

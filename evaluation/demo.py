@@ -22,7 +22,7 @@ from evaluation.cli import fail, parse_config
 from evaluation.config import NO_PRESS, EvaluationConfig
 from evaluation.evaluate import run
 from evaluation.files import write_folder
-from evaluation.models import BUILT_IN_MODEL, ModelUnavailableError, load_model
+from evaluation.models import BUILT_IN_MODEL, BUILT_IN_MODELS, ModelUnavailableError, load_model
 from evaluation.report.page import draw
 from evaluation.report.plots import Styles
 from evaluation.report.runs import Run, read_results
@@ -43,7 +43,10 @@ NEEDLE = {"dataset": "ruler-synthetic", "tasks": ["niah_single_2"], "data_dir": 
 class DemoConfig:
     """What the demo measures. A length or number that is too small, or a file that is not there, is a ValueError."""
 
-    model: str = field(default=BUILT_IN_MODEL, metadata={"help": "the built-in 'smollm2', a folder, or a hub id"})
+    model: str = field(
+        default=BUILT_IN_MODEL,
+        metadata={"help": f"a built-in one ({', '.join(BUILT_IN_MODELS)}), a folder, or a hub id"},
+    )
     device: str | None = field(default=None, metadata={"help": "torch device; by default the GPU if there is one"})
     n_contexts: int = field(default=4, metadata={"help": "windows of the text to measure on"})
     context_length: int = field(default=512, metadata={"help": "tokens that are prefilled and compressed"})

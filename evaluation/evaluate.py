@@ -24,6 +24,7 @@ from evaluation.answers import Questions
 from evaluation.benchmarks import fidelity
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate_registry import DATASET_REGISTRY, SCORER_REGISTRY
+from evaluation.likelihood import METRICS, references_of
 from evaluation.models import load_model
 from evaluation.prefill import Prefilled, prefill
 from evaluation.presses import choose_attention, configure_press, given_model_kwargs
@@ -101,6 +102,8 @@ def load_samples(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -
         samples = samples.sample(frac=config.fraction, random_state=config.seed)
     if samples.empty:
         raise ValueError(f"there are no samples: --fraction {config.fraction} of too few, or an empty dataset")
+    if config.max_new_tokens == 0 and not any(references_of(samples)):
+        raise ValueError(f"--max_new_tokens 0: the dataset {config.dataset} has no reference answers to measure")
     return samples
 
 
@@ -143,7 +146,10 @@ class Reading(Protocol):
     def input_ids(self, context: pd.DataFrame) -> torch.Tensor:
         """What is prefilled of one of ``contexts``: token ids, int64, shape ``(1, context_length)``."""
 
-    def measure(self, context: pd.DataFrame, prefilled: Prefilled) -> list[dict[str, Any]]:
+    def read_full_cache(self, context: pd.DataFrame, prefilled: Prefilled) -> Any:
+        """What ``measure`` needs of the full cache of one of ``contexts``, if ``answer_kl`` is asked for."""
+
+    def measure(self, context: pd.DataFrame, prefilled: Prefilled, full: Any = None) -> list[dict[str, Any]]:
         """For each sample of one of ``contexts`` a row of what can be written as JSON."""
 
 
@@ -175,10 +181,17 @@ def contexts_of(read: Reading, config: EvaluationConfig) -> Iterator[pd.DataFram
 
 
 def measure_alone(evaluation: Evaluation, read: Reading, context: pd.DataFrame) -> dict[int, dict[str, Any]]:
-    """Measure the evaluation's press on one context, over a prefill of its own: a row for each number of a sample."""
-    seed_draws(evaluation.config.seed, context)
-    prefilled = prefill(evaluation.model, read.input_ids(context), evaluation.press)
-    rows = read.measure(context, prefilled)
+    """
+    Measure the evaluation's press on one context, over a prefill of its own: a row for each number of a sample.
+
+    With ``answer_kl`` the full cache is prefilled too, before.
+    """
+    config, press, input_ids = evaluation.config, evaluation.press, read.input_ids(context)
+    full = None
+    if config.answer_kl and press is not None:
+        full = read.read_full_cache(context, prefill(evaluation.model, input_ids, None))
+    seed_draws(config.seed, context)
+    rows = read.measure(context, prefill(evaluation.model, input_ids, press), full)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return dict(zip(context["sample"].tolist(), rows, strict=True))
@@ -205,8 +218,11 @@ def score(
     predictions = read.samples.join(measured)
     if config.dataset == "fidelity":
         return predictions, {fidelity.TASK: means_with_intervals(fidelity.score(predictions), config.seed)}
-    scores = SCORER_REGISTRY[config.dataset](predictions)
+    scores = predictions[[]] if config.max_new_tokens == 0 else SCORER_REGISTRY[config.dataset](predictions)
+    likelihood = predictions[[name for name in METRICS if name in predictions]]
+    # Percentages are rounded as kvpress rounds them.
     means = scores.groupby(predictions["task"]).mean().round(2)
+    means = means.join(likelihood.groupby(predictions["task"]).mean())
     metrics = {str(task): row.dropna().to_dict() for task, row in means.iterrows()}
     return predictions.join(scores), metrics
 

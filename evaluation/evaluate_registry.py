@@ -61,10 +61,12 @@ PRESS_REGISTRY: Mapping[str, BasePress | None] = ChainMap(
 
 
 def check_names(config: EvaluationConfig) -> None:
-    """Raise a ValueError if there is no such press, or no such task of ruler-synthetic."""
+    """Raise a ValueError if there is no such press, or questions of ruler-synthetic that cannot be asked."""
     if config.press_name not in PRESS_REGISTRY:
         raise ValueError(
             f"--press_name: there is no {config.press_name!r}{closest(str(config.press_name), PRESS_REGISTRY)}"
         )
+    if config.n_questions > 1 and config.query_aware:
+        raise ValueError("--n_questions asks over one compressed context, and --query_aware compresses one for each")
     if config.dataset == "ruler-synthetic" and config.tasks is not None:
-        ruler_synthetic.check_tasks(config.tasks, vars(config))
+        ruler_synthetic.check_tasks(config.tasks, vars(config), config.n_questions)

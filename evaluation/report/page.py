@@ -18,13 +18,19 @@ from matplotlib.figure import Figure
 from evaluation.report.compare import ALL_TASKS
 from evaluation.report.plots import Plot, Styles, plot_heat_map, plot_lines, save
 from evaluation.report.runs import PREFIXES, Results, Run, direction_of
+from evaluation.report.statistics import mean_of_tasks
 from evaluation.report.summary import Benchmark, all_tables, summarize, verdict_on
 from evaluation.report.tables import ALPHA, arrow, number, p_value
 from kvpress_merging import __version__
 
 
 def render_page(
-    folder: Path, results: Results, benchmarks: Sequence[Benchmark], notes: Sequence[str], scores: pd.DataFrame
+    folder: Path,
+    results: Results,
+    benchmarks: Sequence[Benchmark],
+    notes: Sequence[str],
+    scores: pd.DataFrame,
+    turns: pd.DataFrame,
 ) -> str:
     """The page as HTML, with the plots, which are written to ``folder`` too. All text but their SVG is escaped."""
     runs = results.runs
@@ -69,6 +75,7 @@ def render_page(
         notes=list(notes),
         benchmarks=sections,
         scores=scores,
+        turns=turns,
         references=[
             {
                 **{name: "" if row.get(name) is None else row[name] for name in ("data_dir", "model")},
@@ -93,13 +100,21 @@ def draw(benchmark: Benchmark, styles: Styles) -> list[Plot]:
     is_fidelity = runs[0].config["dataset"] == "fidelity"
     time = "prefill_seconds" if is_fidelity else "seconds"
     scores = [_mean_of_tasks(run, metric) for run in runs]
-    seconds = [run.predictions[time].median() if time in run.predictions else float("nan") for run in runs]
+    nan = float("nan")
+    seconds = [(run.predictions[time].median() if time in run.predictions else nan, nan, nan) for run in runs]
     references = [{**row, "press": _without_prefix(str(row["press_name"]))} for row in benchmark.references]
     time_label = f"seconds {'of a prefill' if is_fidelity else 'per sample'}, median"
     rows = benchmark.table[(benchmark.table["metric"] == metric) & (benchmark.table["task"] != ALL_TASKS)]
     plots = []
-    if figure := _against_ratio(runs, scores, styles, name_and_arrow, references):
-        plots.append(Plot(f"{benchmark.slug}-scores", "Scores against compression ratio", figure))
+    # RULER's picture: the mean of many tasks.
+    panels = runs[0].config["dataset"] in ("ruler", "ruler-synthetic")
+    if figure := _against_ratio(runs, scores, styles, name_and_arrow, references, panels=panels):
+        title = (
+            "Mean of the tasks against compression ratio, with 95 % intervals"
+            if panels
+            else "Scores against compression ratio"
+        )
+        plots.append(Plot(f"{benchmark.slug}-scores", title, figure))
     if figure := _against_ratio(runs, seconds, styles, time_label):
         plots.append(Plot(f"{benchmark.slug}-times", "Times against compression ratio", figure))
     if len(rows):
@@ -110,20 +125,27 @@ def draw(benchmark: Benchmark, styles: Styles) -> list[Plot]:
 
 def _against_ratio(
     runs: Sequence[Run],
-    values: Sequence[float],
+    values: Sequence[tuple[float, float, float]],
     styles: Styles,
     label: str,
     references: Sequence[dict[str, Any]] = (),
+    *,
+    panels: bool = False,
 ) -> Figure | None:
-    """A value of each run against its ratio; None where no run has one."""
-    rows = [(run.press, run.label, run.ratio, value) for run, value in zip(runs, values)]
-    points = pd.DataFrame(rows, columns=["press", "kind", "ratio", "value"])
+    """A value of each run, with the ends of its interval, against its ratio; None where no run has one."""
+    rows = [(run.press, run.label, run.ratio, *value) for run, value in zip(runs, values)]
+    points = pd.DataFrame(rows, columns=["press", "kind", "ratio", "value", "low", "high"])
     if points["value"].isna().all():
         return None
     is_full = points["kind"] == "full"
     full = points[is_full]["value"].dropna()
     return plot_lines(
-        points[~is_full], styles, label, full=float(full.iloc[0]) if len(full) else None, references=references
+        points[~is_full],
+        styles,
+        label,
+        full=float(full.iloc[0]) if len(full) else None,
+        references=references,
+        panels=panels,
     )
 
 
@@ -143,10 +165,14 @@ def _values(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(name, ", ".join(dict.fromkeys(str(record.get(name)) for record in records))) for name in names]
 
 
-def _mean_of_tasks(run: Run, metric: str) -> float:
+def _mean_of_tasks(run: Run, metric: str) -> tuple[float, float, float]:
+    """With its interval. What is asked about one context is one sample."""
     if metric not in run.scores:
-        return float("nan")
-    return float(run.scores[metric].groupby(run.predictions["task"]).mean().mean())
+        return (float("nan"),) * 3
+    scores = run.predictions.assign(score=run.scores[metric]).dropna(subset="score")
+    if "context_number" in scores:
+        scores = scores.groupby(["task", "context_number"], as_index=False)["score"].mean()
+    return mean_of_tasks([task.to_numpy() for _, task in scores.groupby("task")["score"]])
 
 
 def _without_prefix(name: str) -> str:

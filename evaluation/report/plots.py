@@ -88,6 +88,7 @@ def plot_lines(
     *,
     full: float | None = None,
     references: Sequence[dict[str, Any]] = (),
+    panels: bool = False,
 ) -> Figure:
     """
     A value against the compression ratio, one line for each press and kind.
@@ -95,40 +96,64 @@ def plot_lines(
     Parameters
     ----------
     points : pd.DataFrame
-        Columns ``press``, ``kind``, ``ratio`` and ``value``.
+        Columns ``press``, ``kind``, ``ratio`` and ``value``, and ``low`` and ``high``, the ends of its interval: drawn
+        in panels alone.
     full : float, optional
         With the full cache, drawn as a line.
     references : sequence of dict
         Published values, drawn as hollow markers: ``press``, ``compression_ratio`` and ``score``.
+    panels : bool
+        Whether each press has a panel of its own.
     """
     with mpl.rc_context(_style()):
-        figure = Figure(figsize=(5, 4.4), layout="constrained")
-        axes = figure.subplots()
+        points = points.dropna(subset=["ratio", "value"])
+        presses = list(points["press"].unique())
+        panels = panels and bool(presses)
+        n_columns = min(3, len(presses)) if panels else 1
+        n_rows = math.ceil(len(presses) / n_columns) if panels else 1
+        size = (max(5, 3.2 * n_columns), 2.6 * n_rows + 1.1) if panels else (5, 4.4)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
+        for axes in grid.flat[len(presses) if panels else 1 :]:
+            axes.set_visible(False)
+        for axes in grid.flat[max(0, len(presses) - n_columns) : len(presses)]:
+            axes.tick_params(labelbottom=True)  # also where the row below has no panel
         if full is not None:
-            axes.axhline(full, color=_INK, linewidth=1.2, alpha=0.6, gid="full-cache")
-        points = points.dropna()
+            for axes in grid.flat:
+                axes.axhline(full, color=_INK, linewidth=1.2, alpha=0.6, gid="full-cache")
         for (press, kind), line in points.groupby(["press", "kind"], sort=False):
+            axes = grid.flat[presses.index(press) if panels else 0]
             line = line.sort_values("ratio", kind="stable")
             style = styles.of_press(press)
-            style |= {"linestyle": styles.of_kind(kind), "markersize": 5, "linewidth": 1.8}
-            axes.plot(line["ratio"], line["value"], **style)
+            axes.plot(
+                line["ratio"], line["value"], **style, linestyle=styles.of_kind(kind), markersize=5, linewidth=1.8
+            )
+            if panels:
+                axes.fill_between(
+                    line["ratio"], line["low"], line["high"], color=style["color"], alpha=0.15, linewidth=0
+                )
+                axes.set_title(press, fontsize=10)
         for row in references:
+            if panels and row["press"] not in presses:
+                continue
+            axes = grid.flat[presses.index(row["press"]) if panels else 0]
             style = styles.of_press(row["press"])
             place = [float(row["compression_ratio"])], [float(row["score"])], style["marker"]
             axes.plot(*place, color=style["color"], **_HOLLOW, markersize=13, markeredgewidth=2, zorder=4)
-        axes.set_xlabel("compression ratio")
-        axes.set_ylabel(ylabel)
-        axes.margins(y=0.08)
+        figure.supxlabel("compression ratio", fontsize=11)
+        figure.supylabel(ylabel, fontsize=11)
+        grid.flat[0].margins(y=0.08)
         if points["ratio"].nunique() <= 6:
-            axes.set_xticks(sorted(points["ratio"].unique()))
-        presses = [_handle(press, linestyle="none", **styles.of_press(press)) for press in points["press"].unique()]
+            grid.flat[0].set_xticks(sorted(points["ratio"].unique()))
         handles = [_handle(kind, linestyle=styles.of_kind(kind), linewidth=1.8) for kind in points["kind"].unique()]
         if full is not None:
             handles.append(_handle("full cache", linewidth=1.2, alpha=0.6))
         if references:
             handles.append(_handle("published", marker="o", linestyle="none", markersize=9, **_HOLLOW))
-        figure.legend(handles=handles, loc="outside upper left", ncols=2)
-        figure.legend(handles=presses, loc="outside lower left", ncols=3)
+        figure.legend(handles=handles, loc="outside upper left", ncols=4 if n_columns > 1 else 2)
+        if not panels:
+            markers = [_handle(press, linestyle="none", **styles.of_press(press)) for press in presses]
+            figure.legend(handles=markers, loc="outside lower left", ncols=3)
     return figure
 
 

@@ -19,6 +19,7 @@ import yaml
 
 from evaluation.config import EVICTION_SETTINGS, NO_PRESS, PRESS_FIELDS, default_of, settings_that
 from evaluation.evaluate_registry import PRESS_REGISTRY
+from evaluation.likelihood import METRICS as LIKELIHOOD_METRICS
 from evaluation.presses import unused_presses
 from evaluation.results import FILES
 
@@ -34,7 +35,7 @@ IDENTITY = (
 )
 """Columns that say which sample a row is about."""
 
-LOWER_IS_BETTER = {"kl", "nll_increase", "attention_error"}
+LOWER_IS_BETTER = {"kl", "nll_increase", "attention_error", *LIKELIHOOD_METRICS}
 """Metrics of which less is better."""
 
 _MOMENTS = settings_that(lambda about: about.eviction == "moment")
@@ -266,7 +267,9 @@ def _scores(predictions: pd.DataFrame, dataset: str, names: list[str]) -> pd.Dat
     if dataset == "fidelity":
         # The likelihood with the full cache is no result of the press.
         return scores.assign(nll_increase=scores["nll"] - scores["nll_full"]).drop(columns=["nll", "nll_full"])
-    if len(columns) > 1 and (scores.notna().sum(axis=1) <= 1).all():
+    likelihood = scores[[name for name in LIKELIHOOD_METRICS if name in scores]]
+    scores = scores.drop(columns=likelihood.columns)
+    if len(scores.columns) > 1 and (scores.notna().sum(axis=1) <= 1).all():
         # Each task has a metric of its own; what they share is that they are percentages.
-        return pd.DataFrame({"score": scores.bfill(axis=1).iloc[:, 0]})
-    return scores
+        scores = pd.DataFrame({"score": scores.bfill(axis=1).iloc[:, 0]})
+    return scores.join(likelihood)

@@ -85,6 +85,20 @@ def means_with_intervals(scores: pd.DataFrame, seed: int) -> dict[str, Any]:
     return metrics
 
 
+def mean_of_tasks(tasks: Sequence[Any], seed: int = 0) -> tuple[float, float, float]:
+    """
+    Mean of the means of tasks, and the ends of its 95 % bootstrap interval, samples resampled within their tasks.
+
+    ``tasks`` are the scores of the samples of each, finite, shape ``(n_samples,)``. The ends are NaN where a task has
+    one sample; all is NaN where there is no task.
+    """
+    samples = [np.asarray(task, dtype=np.float64) for task in tasks]
+    low = high = math.nan
+    if samples and all(task.size > 1 for task in samples):
+        low, high = _interval(samples, seed, n_resamples=2000)
+    return float(_mean_of_means(*samples)) if samples else math.nan, low, high
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """
     Holm's step-down correction for several tests.

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pandas as pd
 
 from evaluation.report.compare import ALL_TASKS, compare_twins, describe
 from evaluation.report.runs import PREFIXES, Results, Run, direction_of
+from evaluation.report.statistics import means_with_intervals
 from evaluation.report.tables import ALPHA
 
 KIND_ORDER = ("full", "bare", *PREFIXES)
@@ -101,6 +103,28 @@ def score_table(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
                     direction = direction_of(str(metric))
                     rows.append({**about, "metric": metric, "direction": direction, "task": task, **mean})
     return pd.DataFrame(rows)
+
+
+def turn_table(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
+    """Of runs with several questions about a context: mean score of each run, metric and turn, with its interval."""
+    columns = ["benchmark", "press", "kind", "level", "compression_ratio", "metric", "direction", "turn"]
+    rows = []
+    for benchmark in benchmarks:
+        for run in benchmark.runs:
+            if "turn" not in run.predictions:
+                continue
+            about = {"benchmark": benchmark.label, "press": run.press, **describe(run)}
+            for turn, scores in run.scores.groupby(run.predictions["turn"]):
+                for metric, values in scores.items():
+                    means = means_with_intervals(values.dropna().to_frame("mean"), seed=0)
+                    low, high = means.get("mean_interval", (math.nan, math.nan))
+                    about_metric = {"metric": metric, "direction": direction_of(str(metric)), "turn": int(str(turn))}
+                    row = {"n_samples": int(values.count()), "mean": means["mean"], "low": low, "high": high}
+                    rows.append({**about, **about_metric, **row})
+    table = pd.DataFrame(rows, columns=[*columns, "n_samples", "mean", "low", "high"])
+    return table.sort_values(
+        ["benchmark", "press", "kind", "level", "metric", "turn"], kind="stable", ignore_index=True
+    )
 
 
 def verdict_on(summary: pd.DataFrame) -> str:

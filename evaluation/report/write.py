@@ -13,7 +13,15 @@ from evaluation.cli import Parser, fail
 from evaluation.files import replace_folder
 from evaluation.report.page import render_page
 from evaluation.report.runs import Results, read_results
-from evaluation.report.summary import Benchmark, all_tables, compare_all, score_table, summarize, verdict_on
+from evaluation.report.summary import (
+    Benchmark,
+    all_tables,
+    compare_all,
+    score_table,
+    summarize,
+    turn_table,
+    verdict_on,
+)
 from evaluation.report.tables import as_markdown, as_text, show
 
 MARKER = ".kvpress-merging-report.json"
@@ -61,9 +69,11 @@ def write_report(folder: Path, results: Results, benchmarks: Sequence[Benchmark]
         table, scores = all_tables(benchmarks), score_table(benchmarks)
         table.to_csv(place / "comparisons.csv", index=False)
         scores.to_csv(place / "scores.csv", index=False)
+        if len(turns := turn_table(benchmarks)):
+            turns.to_csv(place / "turns.csv", index=False)
         (place / "comparisons.md").write_text(as_markdown(table), encoding="utf-8")
         (place / "comparisons.txt").write_text(as_text(table, TITLE), encoding="utf-8")
-        page = render_page(place, results, benchmarks, notes, scores)
+        page = render_page(place, results, benchmarks, notes, scores, turns)
         (place / "index.html").write_text(page, encoding="utf-8")
         written = {file.name: _sha256(file) for file in sorted(place.iterdir())}
         (place / MARKER).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")

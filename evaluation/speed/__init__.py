@@ -68,7 +68,7 @@ class SpeedArguments:
     subjects: list[str] = _list(list(SUBJECTS), f"What: {', '.join(SUBJECTS)}.")
     head_dim: int = field(default=128, metadata={"help": "Length of a key or value."})
     prefill: list[int] = _list([], "Tokens of whole prefills to time, for instance 1024 4096 8192.")
-    model: str = field(default=BUILT_IN_MODEL, metadata={"help": "For --prefill: smollm2, a hub id or a folder."})
+    model: str = field(default=BUILT_IN_MODEL, metadata={"help": "For --prefill: built in, a folder or a hub id."})
     repeats: int = field(default=3, metadata={"help": "Rounds after one to warm up."})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves PyTorch's choice."})
     tile_bytes: int = field(default=DEFAULT_TILE_BYTES, metadata={"help": "Max bytes of one tile of cosines."})

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -65,12 +66,20 @@ def _share(
         samples = context["sample"].tolist()
         input_ids = read.input_ids(context)
         waiting = deque(name for name in evaluations if not rows[name].keys() >= set(samples))
+        # The full cache watches the first prefill, if all others are compared with it.
+        watching: list[None] = [None] if first.config.answer_kl else []
+        full = None
         while waiting:
-            names = [waiting.popleft() for _ in range(min(_room(first.model, input_ids), len(waiting)))]
+            room = max(1, _room(first.model, input_ids) - len(watching))
+            names = [waiting.popleft() for _ in range(min(room, len(waiting)))]
             seed_draws(first.config.seed, context)
-            outcomes = deque(prefill_many(first.model, input_ids, [evaluations[name].press for name in names]))
+            presses = [*watching, *(evaluations[name].press for name in names)]
+            outcomes = deque(prefill_many(first.model, input_ids, presses))
+            while watching:
+                watching.pop()
+                full = read.read_full_cache(context, _whole(outcomes.popleft()))
             for name in names:
-                outcome = _answer(read, context, outcomes.popleft())  # a cache goes when it has answered
+                outcome = _answer(read, context, outcomes.popleft(), full)  # a cache goes when it has answered
                 if isinstance(outcome, Finished):
                     rows[name].update(outcome.rows)
                 else:
@@ -85,14 +94,23 @@ def _share(
             yield name, Failed.of(error)
 
 
-def _answer(read: Reading, context: pd.DataFrame, prefilled: Prefilled | PressFailed) -> Finished | Alone | Failed:
+def _whole(prefilled: Prefilled | PressFailed) -> Prefilled:
+    """The full cache, or else nothing can be compared."""
+    if isinstance(prefilled, PressFailed):
+        raise prefilled.error
+    return prefilled
+
+
+def _answer(
+    read: Reading, context: pd.DataFrame, prefilled: Prefilled | PressFailed, full: Any
+) -> Finished | Alone | Failed:
     """What comes of one press's cache."""
     if isinstance(prefilled, PressFailed):
         if isinstance(prefilled.error, (CannotShareError, torch.OutOfMemoryError)):
             return Alone(describe(prefilled.error))
         return Failed(describe(prefilled.error), prefilled.traceback)
     try:
-        return Finished(dict(zip(context["sample"].tolist(), read.measure(context, prefilled), strict=True)))
+        return Finished(dict(zip(context["sample"].tolist(), read.measure(context, prefilled, full), strict=True)))
     except Exception as error:
         return Failed.of(error)
 

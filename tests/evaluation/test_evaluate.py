@@ -12,6 +12,7 @@ import torch
 import yaml
 from kvpress import (
     ComposedPress,
+    DecodingPress,
     DMSPress,
     DuoAttentionPress,
     KeyDiffPress,
@@ -100,9 +101,11 @@ def test_a_run_writes_configuration_predictions_and_metrics(model, tokenizer, tm
     assert (predictions["compression_ratio"] == 0.5).all()
     assert (predictions["seconds"] > 0).all()
     assert all(len(json.loads(answers)) in (1, 4) for answers in predictions["answer"])
-    assert json.loads((folder / "metrics.json").read_text()) == {
-        task: {"string_match": rows["string_match"].mean()} for task, rows in predictions.groupby("task")
-    }
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {"niah_single_1", "niah_multivalue"}
+    for task, rows in predictions.groupby("task"):
+        means = {name: rows[name].mean() for name in ("string_match", "answer_nll")}
+        assert metrics[task] == pytest.approx(means)
     record = yaml.safe_load((folder / "config.yaml").read_text())
     assert record["press_init_command"] == str(MergingPress(KnormPress(0.5)))
     assert set(record["versions"]) >= {"python", "torch", "transformers", "kvpress", "kvpress-merging", "dtype"}
@@ -201,6 +204,8 @@ def test_the_press_inside_is_configured_as_the_bare_one(name):
     settings: dict = {"press_name": name, "compression_ratio": 0.375, "query_aware": True}
     if isinstance(press, DMSPress):
         settings["threshold"] = -3.5
+    elif isinstance(press, DecodingPress):
+        settings["target_size"] = 77
     elif isinstance(press, DuoAttentionPress):
         settings["head_compression_ratio"] = 0.25
     elif isinstance(press, ComposedPress):
@@ -209,6 +214,8 @@ def test_the_press_inside_is_configured_as_the_bare_one(name):
     assert type(merging) is MergingPress
     if isinstance(press, DMSPress):
         assert merging.press.threshold == -3.5
+    elif isinstance(press, DecodingPress):
+        assert merging.press.target_size == 77
     elif isinstance(press, DuoAttentionPress):
         assert merging.press.head_compression_ratio == 0.25
     elif isinstance(press, ComposedPress):
@@ -351,6 +358,8 @@ def test_metrics_are_means_over_a_tasks_samples(model, tokenizer, questions, mon
     )
     monkeypatch.setitem(DATASET_REGISTRY, "ruler", lambda tokenizer: questions.assign(task=["a", "b", "a"]))
     predictions, metrics = measure(prepare(EvaluationConfig(dataset="ruler", quiet=True), model, tokenizer))
+    likelihood = {task: metrics[task].pop("answer_nll") for task in metrics}
+    assert likelihood == predictions.groupby("task")["answer_nll"].mean().to_dict()
     assert metrics == {"a": {"points": 21.67}, "b": {"points": 20.0, "bonus": 1.0}}
     assert predictions.sort_index()["points"].tolist() == scores["points"]
 

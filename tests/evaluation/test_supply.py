@@ -19,9 +19,10 @@ from evaluation import demo, models, speed
 from evaluation import run as run_command
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import load
+from evaluation.files import write_folder
 from evaluation.models import ModelUnavailableError, load_model
 from evaluation.report.runs import read_run
-from evaluation.results import find_results, write_folder
+from evaluation.results import find_results
 from evaluation.sweep import _write_copy
 from evaluation.sweep.grid import read_grid
 
@@ -196,14 +197,11 @@ def test_results_that_would_run_code_are_read_as_text(trap, tmp_path):
     folder = tmp_path / "results" / config.folder_name()
     folder.mkdir(parents=True)
     config.save(folder / "config.yaml", {})
-    (folder / "predictions.csv").write_text("index,task,answer,score\n0,a,__import__('os'),1.0\n")
-    (folder / "metrics.json").write_text("{}")
-    try:
-        run = read_run(folder)
-    except ValueError:
-        pass
-    else:
-        assert "__import__" in str(run.inner)
+    (folder / "predictions.csv").write_text("sample,task,answer,score\n0,a,__import__('os'),1.0\n")
+    (folder / "metrics.json").write_text('{"a": {"score": 1.0}}')
+    run = read_run(folder)
+    assert "__import__" in run.config["press_init_command"]
+    assert "__import__" in run.predictions["answer"].iloc[0]
     (folder / "config.yaml").write_text(hostile_yaml(trap))
     assert find_results(config) is None
     with pytest.raises(ValueError):

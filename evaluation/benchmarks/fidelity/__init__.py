@@ -61,7 +61,10 @@ class Windows:
         """The window's context, of shape ``(1, context_length)``."""
         return context["window"].iloc[0].context_ids
 
-    def measure(self, context: pd.DataFrame, prefilled: Prefilled) -> list[dict[str, Any]]:
+    def read_full_cache(self, context: pd.DataFrame, prefilled: Prefilled) -> None:
+        """Nothing: the full cache of each window is measured once for all presses."""
+
+    def measure(self, context: pd.DataFrame, prefilled: Prefilled, full: None = None) -> list[dict[str, Any]]:
         """
         Compare a cache of the window's context with the full one.
 

@@ -11,26 +11,29 @@ from typing import Any
 import torch
 from kvpress.utils import extract_keys_and_values
 from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvpress_merging.following.model import attention_modules
 
 
 def read_continuation(
-    model: PreTrainedModel, continuation_ids: torch.Tensor, cache: DynamicCache, start: int
+    model: PreTrainedModel, continuation_ids: torch.Tensor, cache: Cache, start: int, logits_to_keep: int = 0
 ) -> torch.Tensor:
     """
     Feed tokens over a cache in one forward pass, which makes it longer.
 
     Token ids, int64, are of shape ``(1, n_tokens)``, the logits that come out ``(1, n_tokens, vocab_size)``. Layers of
     the cache may differ in length. It is shorter than the text it stands for, so it cannot tell the ``start``, the
-    position of the first token.
+    position of the first token. Logits are made of the last ``logits_to_keep`` tokens only, or with 0 of all.
     """
     n_tokens = continuation_ids.shape[1]
     position_ids = torch.arange(start, start + n_tokens, device=model.device)[None]
     with _masks_of_each_layer(model, cache):
         return model(
-            input_ids=continuation_ids.to(model.device), past_key_values=cache, position_ids=position_ids
+            input_ids=continuation_ids.to(model.device),
+            past_key_values=cache,
+            position_ids=position_ids,
+            logits_to_keep=logits_to_keep,
         ).logits
 
 
@@ -53,7 +56,7 @@ def count_cache_bytes(model: PreTrainedModel, cache: DynamicCache) -> tuple[int,
 
 
 @contextlib.contextmanager
-def _masks_of_each_layer(model: PreTrainedModel, cache: DynamicCache) -> Iterator[None]:
+def _masks_of_each_layer(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
     """
     Give each layer an attention mask of its own: causal over its cache, without the positions that a press masked.
 

@@ -7,6 +7,12 @@ What the tasks are follows the paper (RULER: What's the Real Context Size of You
 arXiv 2404.06654). Wording, words and prose are our own, so scores are not those of the published dataset.
 """
 
-from evaluation.benchmarks.ruler_synthetic.tasks import QUESTION_TASKS, TASKS, check_tasks, generate
+from evaluation.benchmarks.ruler_synthetic.tasks import (
+    MANY_QUESTION_TASKS,
+    QUESTION_TASKS,
+    TASKS,
+    check_tasks,
+    generate,
+)
 
-__all__ = ["QUESTION_TASKS", "TASKS", "check_tasks", "generate"]
+__all__ = ["MANY_QUESTION_TASKS", "QUESTION_TASKS", "TASKS", "check_tasks", "generate"]

@@ -30,32 +30,28 @@ class NeedleTask:
     n_values: int = 1
     n_queries: int = 1
 
-    def write(self, depth: float, generator: random.Random, measure: Measure, essay: Essay) -> Sample:
+    def write(
+        self, depth: float, generator: random.Random, measure: Measure, essay: Essay, n_questions: int = 1
+    ) -> list[Sample]:
         """
-        Make one sample, the (first) needle that is asked for at a depth in [0, 1]; the generator draws everything else.
+        Make one context and the questions about it, each for other keys than those before.
 
-        A ValueError says if the context cannot be as long as asked.
+        The (first) needle that is asked for first is at a depth in [0, 1]; the generator draws everything else. Where
+        there are too few keys for the questions, there are more needles. A ValueError says if the context cannot be as
+        long as asked.
         """
         draw_key, draw_value = _distinct(_MAKERS[self.keys], generator), _distinct(_MAKERS[self.values], generator)
-        keys = [draw_key() for _ in range(self.n_keys)]
+        keys = [draw_key() for _ in range(max(self.n_keys, self.n_queries * n_questions))]
         values = [[draw_value() for _ in range(self.n_values)] for _ in keys]
-        asked_keys, answer = keys[: self.n_queries], [value for own in values[: self.n_queries] for value in own]
         needles = [self._state(key, value) for key, own in zip(keys, values) for value in own]
         depths = [depth, *(generator.random() for _ in needles[1:])]
         start = generator.randrange(2**32)
         others: list[str] = []
 
-        noun = _NOUNS[self.values]
-        many = len(answer) > 1
-        things = f"{noun}s" if many else noun
         introduction = (
-            f"Secret {noun}s are hidden in the text below. Remember them: you will be asked about them later.\n"
+            f"Secret {_NOUNS[self.values]}s are hidden in the text below. Remember them: you will be asked about them "
+            "later.\n"
         )
-        names = _enumerate(asked_keys)
-        question = (
-            f"What {'are all the' if many else 'is the'} secret {things} for {names} that the text above mentions?\n"
-        )
-        answer_prefix = f"The secret {things} for {names} that the text mentions {'are' if many else 'is'}"
 
         def write(n_units: int, n_padding: int = 0) -> str:
             if self.haystack == "essay":
@@ -75,9 +71,26 @@ class NeedleTask:
         context = write(n_units, n_padding)
         measure.check(context)
         haystack = context[len(introduction) :]
-        # As they came out: a needle moves to the end of a sentence, and the others move it on.
-        depths = [haystack.index(needle) / (len(haystack) - len(needle)) for needle in needles[: len(answer)]]
-        return Sample(context, question, answer_prefix, answer, depths)
+        n_asked = self.n_queries * self.n_values
+        samples = []
+        for number in range(n_questions):
+            own_keys = keys[number * self.n_queries : (number + 1) * self.n_queries]
+            own_values = values[number * self.n_queries : (number + 1) * self.n_queries]
+            own_needles = needles[number * n_asked : (number + 1) * n_asked]
+            # As they came out: a needle moves to the end of a sentence, and the others move it on.
+            depths = [haystack.index(needle) / (len(haystack) - len(needle)) for needle in own_needles]
+            answer = [value for of_key in own_values for value in of_key]
+            samples.append(Sample(context, *self._ask(own_keys, len(answer) > 1), answer, depths))
+        return samples
+
+    def _ask(self, keys: list[str], many: bool) -> tuple[str, str]:
+        """A question, and how its answer begins."""
+        noun, names = _NOUNS[self.values], _enumerate(keys)
+        things = f"{noun}s" if many else noun
+        question = (
+            f"What {'are all the' if many else 'is the'} secret {things} for {names} that the text above mentions?\n"
+        )
+        return question, f"The secret {things} for {names} that the text mentions {'are' if many else 'is'}"
 
     def _state(self, key: str, value: str) -> str:
         return f"One of the secret {_NOUNS[self.values]}s for {key} is: {value}."

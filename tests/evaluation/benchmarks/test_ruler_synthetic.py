@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from evaluation.benchmarks.ruler import string_match
-from evaluation.benchmarks.ruler_synthetic import QUESTION_TASKS, TASKS, generate
+from evaluation.benchmarks.ruler_synthetic import MANY_QUESTION_TASKS, QUESTION_TASKS, TASKS, generate
 from evaluation.benchmarks.ruler_synthetic.documents import read_hotpotqa, read_squad
 from evaluation.benchmarks.ruler_synthetic.lists import count_common_words, count_frequent_words, write_common_words
 from evaluation.benchmarks.ruler_synthetic.sample import Essay, Measure, even_depth, hide_in_words
@@ -312,6 +312,49 @@ def test_the_same_seed_makes_the_same_samples_and_another_seed_others(tokenizer,
 def test_fewer_samples_are_the_first_of_more(tokenizer, samples):
     few = generate(tokenizer, LENGTH, n_samples=2, tasks=["niah_multikey_1"])
     assert few.to_dict("records") == of_task(samples, "niah_multikey_1")[:2]
+
+
+@pytest.mark.parametrize("task", MANY_QUESTION_TASKS)
+@pytest.mark.parametrize("n_questions", [2, 6])
+def test_several_questions_about_a_context_are_for_different_needles_in_it(tokenizer, task, n_questions):
+    rows = generate(tokenizer, LENGTH, n_samples=2, tasks=[task], n_questions=n_questions)
+    assert rows["context_number"].tolist() == [0] * n_questions + [1] * n_questions
+    assert rows["turn"].tolist() == [*range(1, n_questions + 1)] * 2
+    for _, group in rows.groupby("context_number"):
+        assert group["context"].nunique() == 1
+        assert group["question"].nunique() == group["answer_prefix"].nunique() == n_questions
+        stated = {}
+        for key, value in STATEMENT.findall(group["context"].iloc[0]):
+            stated.setdefault(key, []).append(value)
+        for row in group.itertuples():
+            (key,) = (key for key in stated if f" for {key} " in row.question)
+            assert f" for {key} " in row.answer_prefix
+            assert sorted(row.answer) == sorted(stated[key])
+            assert len(row.depths) == len(row.answer)
+    contexts = rows.drop_duplicates("context_number")["context_tokens"]
+    assert contexts.between(LENGTH * 0.98, LENGTH).all()
+
+
+def test_the_first_of_several_questions_is_about_the_needle_at_an_even_depth(tokenizer):
+    one, many = (
+        generate(tokenizer, LENGTH, n_samples=4, tasks=["niah_multikey_2"], n_questions=n_questions)
+        for n_questions in (1, 4)
+    )
+    first = many[many["turn"] == 1]["depths"].tolist()
+    assert [depths[0] for depths in first] == pytest.approx([depths[0] for depths in one["depths"]], abs=0.1)
+
+
+def test_one_question_is_asked_without_a_turn(tokenizer, samples):
+    assert not {"turn", "context_number"} & set(samples)
+
+
+def test_by_default_several_questions_are_asked_in_the_tasks_that_can_and_no_other_takes_them(tokenizer):
+    rows = generate(tokenizer, LENGTH, n_samples=1, n_questions=2)
+    assert tuple(rows["task"].unique()) == MANY_QUESTION_TASKS
+    with pytest.raises(
+        ValueError, match=r"the task vt has one question a context, --n_questions is for niah_multikey_1"
+    ):
+        generate(tokenizer, LENGTH, n_samples=1, n_questions=2, tasks=["niah_multivalue", "vt"])
 
 
 def test_no_word_is_a_part_of_another():

@@ -81,6 +81,40 @@ def test_of_kl_less_is_better_and_of_agreement_more(tmp_path):
     assert table.loc["top1_agreement", "direction"] == "higher is better"
 
 
+def test_of_the_likelihood_of_answers_less_is_better_and_it_is_paired_with_an_interval(tmp_path):
+    tasks = {"qa": [0.0] * 8}
+    falls = [0.1 * i for i in range(1, 9)]
+    bare = write_run(tmp_path, "knorm", KnormPress(0.5), tasks, nll=[2.0] * 8)
+    press = MergingPress(KnormPress(0.5))
+    merged = write_run(tmp_path, "merging_knorm", press, tasks, nll=[2.0 - fall for fall in falls])
+    table = compare_runs(read_run(bare), read_run(merged), benchmark="b").set_index("metric")
+    row = table.loc["answer_nll"]
+    assert (row["direction"], row["verdict"], row["wins"]) == ("lower is better", "better", 8)
+    expected = paired_difference([[-fall for fall in falls]])
+    assert (row["difference"], row["low"], row["high"]) == pytest.approx((expected.mean, expected.low, expected.high))
+
+
+def test_questions_about_one_context_are_one_sample(tmp_path):
+    scores = {"niah_multivalue": [0, 100, 50, 50, 0, 0]}
+    press = MergingPress(KnormPress(0.5))
+    bare = write_run(tmp_path, "knorm", KnormPress(0.5), scores, n_questions=2)
+    merged = write_run(
+        tmp_path, "merging_knorm", press, {"niah_multivalue": [100, 100, 0, 50, 100, 100]}, n_questions=2
+    )
+    row = compare_runs(read_run(bare), read_run(merged), benchmark="b").iloc[0]
+    assert (row["n_samples"], row["wins"], row["ties"], row["losses"]) == (3, 2, 0, 1)
+    expected = paired_difference([[50, -25, 100]])
+    assert tuple(row[["difference", "low", "high", "p"]]) == (
+        expected.mean, expected.low, expected.high, expected.p_value
+    )  # fmt: skip
+
+
+def test_of_runs_with_and_without_a_likelihood_the_scores_are_compared(tmp_path):
+    bare = write_run(tmp_path, "knorm", KnormPress(0.5), {"qa": [0.0, 0.0]})
+    merged = write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), {"qa": [0.0, 9.0]}, nll=[1.0, 2.0])
+    assert compare_runs(read_run(bare), read_run(merged), benchmark="b")["metric"].tolist() == ["string_match"]
+
+
 @pytest.mark.parametrize(
     "different", [{"seed": 1}, {"data_dir": "2048"}, {"model": "other"}, {"query_aware": True}, {"n_samples": 3}]
 )

@@ -20,7 +20,7 @@ from run_folders import write_run
 from evaluation.__main__ import main
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import run
-from evaluation.report.plots import plot_heat_map
+from evaluation.report.plots import Styles, plot_heat_map, plot_lines
 from evaluation.report.summary import verdict_on
 from evaluation.report.tables import as_markdown
 from evaluation.report.write import MARKER
@@ -142,7 +142,7 @@ def test_what_runs_write_is_what_a_report_reads(model, tokenizer, tmp_path, caps
     main(["report", str(tmp_path / "results")])
     table = pd.read_csv(tmp_path / "results" / "report" / "comparisons.csv")
     assert table["metric"].value_counts().to_dict() == {
-        "string_match": 3, "kl": 1, "nll_increase": 1, "top1_agreement": 1, "attention_error": 1,
+        "string_match": 3, "answer_nll": 3, "kl": 1, "nll_increase": 1, "top1_agreement": 1, "attention_error": 1,
     }  # fmt: skip
     kl = table.set_index("metric").loc["kl"]
     folders = {
@@ -159,6 +159,27 @@ def test_the_verdict_tells_merging_and_matching_apart():
     assert "merged is better in 1 and worse in 0 of 2, matching is better in 0 and worse in 1 of 1 comp" in sentence
 
 
+def test_several_questions_about_a_context_have_a_table_by_turn(tmp_path):
+    scores = {"niah_multivalue": [0, 100, 50, 50, 0, 0]}
+    for name, press in (("knorm", KnormPress(0.5)), ("merging_knorm", MergingPress(KnormPress(0.5)))):
+        write_run(tmp_path, name, press, scores, n_questions=2)
+    main(["report", str(tmp_path)])
+    turns = pd.read_csv(tmp_path / "report" / "turns.csv")
+    assert turns["kind"].tolist() == ["bare", "bare", "merged", "merged"]
+    assert turns["turn"].tolist() == [1, 2] * 2
+    assert turns["mean"].tolist() == pytest.approx([50 / 3, 50] * 2)
+    assert (turns["n_samples"] == 3).all()
+    assert ((turns["low"] <= turns["mean"]) & (turns["mean"] <= turns["high"])).all()
+    assert "Means of each run, metric and turn" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_without_several_questions_there_is_no_table_by_turn(tmp_path):
+    write_run(tmp_path, "knorm", KnormPress(0.5), {"vt": [0, 100]})
+    main(["report", str(tmp_path)])
+    assert not (tmp_path / "report" / "turns.csv").exists()
+    assert "By turn" not in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_what_a_heat_map_says_of_its_colours_is_not_cut_off():
     rows = [
         {"press": press, "kind": "merged", "level": str(ratio), "compression_ratio": ratio, "task": "fidelity"}
@@ -171,6 +192,28 @@ def test_what_a_heat_map_says_of_its_colours_is_not_cut_off():
     label = next(axes.xaxis.label for axes in figure.axes if "blue is better" in axes.get_xlabel())
     extent = label.get_window_extent()
     assert figure.bbox.x0 <= extent.x0 < extent.x1 <= figure.bbox.x1
+
+
+def test_rulers_picture_is_a_panel_a_press_with_intervals_of_the_mean_of_tasks():
+    points = [
+        (press, kind, ratio, value, value - 5, value + 5)
+        for press, value in (("knorm", 40.0), ("snapkv", 60.0))
+        for kind in ("bare", "merged", "matching")
+        for ratio in (0.25, 0.5)
+    ]
+    table = pd.DataFrame(points, columns=["press", "kind", "ratio", "value", "low", "high"])
+    references = [{"press": press, "compression_ratio": 0.5, "score": 50} for press in ("snapkv", "tova")]
+    styles = Styles(["knorm", "snapkv"], ["bare", "merged", "matching"])
+    figure = plot_lines(table, styles, "score", full=90.0, references=references, panels=True)
+    knorm, snapkv = (axes for axes in figure.axes if axes.get_visible())
+    assert (knorm.get_title(), snapkv.get_title()) == ("knorm", "snapkv")
+    # The full cache, three kinds, and the press's own published score.
+    assert (len(knorm.lines), len(snapkv.lines)) == (4, 5)
+    for axes, value in ((knorm, 40), (snapkv, 60)):
+        for band in axes.collections:
+            ends = band.get_paths()[0].vertices[:, 1]
+            assert (ends.min(), ends.max()) == (value - 5, value + 5)
+        assert len(axes.collections) == 3
 
 
 def test_a_report_has_tables_plots_and_a_page(report):

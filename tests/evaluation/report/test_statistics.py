@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.report.statistics import holm, paired_difference
+from evaluation.report.statistics import holm, mean_of_tasks, paired_difference
 
 # Scores as they are: percentages with ties, and numbers of any size.
 numbers = st.one_of(st.sampled_from([0.0, 25.0, -25.0, 100.0, -100.0]), st.floats(-1e3, 1e3, allow_subnormal=False))
@@ -136,3 +136,16 @@ def test_holm_keeps_the_order_and_lies_between_no_correction_and_bonferronis(p_v
     for i, j in itertools.combinations(range(len(p_values)), 2):
         if p_values[i] < p_values[j]:
             assert corrected[i] <= corrected[j]
+
+
+def test_the_mean_of_tasks_weighs_them_alike_and_its_interval_is_of_samples_within_them():
+    many, few = np.arange(50.0), np.array([0.0, 10.0])
+    mean, low, high = mean_of_tasks([many, few])
+    assert mean == (24.5 + 5) / 2
+    generator = np.random.default_rng(1)
+    draws = [
+        (generator.choice(many, many.size).mean() + generator.choice(few, few.size).mean()) / 2 for _ in range(4000)
+    ]
+    assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.5)
+    assert np.isnan(mean_of_tasks([many, few[:1]])[1:]).all()
+    assert np.isnan(mean_of_tasks([])).all()

@@ -14,8 +14,10 @@ from kvpress import attention_patch
 from test_sweep import SECONDS, appeared, results, sweep, write_grid
 from tiny import tiny_checkpoint
 
+from evaluation import evaluate
 from evaluation.answers import Questions
 from evaluation.evaluate_registry import PRESS_REGISTRY
+from evaluation.prefill import prefill
 from evaluation.report.runs import read_results
 from evaluation.sweep import here, shared_prefill, together
 from evaluation.sweep import unfinished as unfinished_module
@@ -88,6 +90,31 @@ def test_every_press_has_the_results_that_it_has_alone_bare_merging_and_matching
     n_sharing = len(presses) - n_alone - n_eager
     assert set(prefills) == {n_eager, n_sharing, n_sharing - 3}  # the last without PyramidKV, which could not answer
     assert prefills.count(n_eager) == 3
+
+
+def test_likelihoods_and_several_questions_are_the_same_and_the_full_cache_is_prefilled_once(
+    model, tmp_path, prefills, monkeypatch
+):
+    monkeypatch.setattr(attention_patch, "search_hyperplane", lambda queries: -queries.mean(dim=1))
+    presses = ["knorm", "no_press", "merging_knorm", "matching_knorm", "adakv_snapkv", "merging_adakv_snapkv", "kvzip"]
+    settings = {"press_name": presses, "n_samples": 2, "tasks": "niah_multikey_2", "n_questions": 2, "data_dir": 400}
+    grid = write_grid(tmp_path, model, max_new_tokens=[0, 2], answer_kl=True, **settings)
+    alone_full = []
+    monkeypatch.setattr(
+        evaluate, "prefill", lambda *arguments: alone_full.append(arguments[2] is None) or prefill(*arguments)
+    )
+    assert sweep(grid, tmp_path / "shared") == 0
+    # Two contexts of each group: with the full cache beside those that share, and once more for what is alone.
+    assert prefills == [len(presses) - 1 + 1] * 4
+    assert alone_full == [True, False] * 4
+    assert sweep(grid, tmp_path / "alone", "--share_prefill", "False") == 0
+    assert results(tmp_path / "shared") == results(tmp_path / "alone")
+    for run in read_results(tmp_path / "shared").runs:
+        assert run.predictions["turn"].to_list() == [1, 2, 1, 2]
+        assert ("predicted_answer" in run.predictions) == (run.config["max_new_tokens"] == 2)
+        assert run.predictions["answer_nll"].nunique() == 4
+        assert (run.predictions["answer_kl"] > 0).all() or run.kind == "full"
+        assert (run.predictions["answer_kl"] == 0).all() == (run.kind == "full")
 
 
 def test_times_are_told_apart_where_a_prefill_is_shared(model, tmp_path, fidelity):
@@ -174,24 +201,28 @@ def test_a_press_that_runs_out_of_memory_beside_others_is_tried_alone(model, tmp
     assert results(tmp_path / "results") == results(tmp_path / "well")
 
 
-def test_no_more_caches_are_held_than_half_of_the_free_memory_has_room_for(model, tmp_path, prefills, monkeypatch):
-    grid = write_grid(tmp_path, model, press_name=["knorm", "random", "merging_random", "keydiff", "snapkv"])
+@pytest.mark.parametrize(("answer_kl", "counts"), [(False, [5, 2, 2, 1]), (True, [6, 2, 2, 2])])
+def test_no_more_caches_are_held_than_half_of_the_free_memory_has_room_for(
+    answer_kl, counts, model, tmp_path, prefills, monkeypatch
+):
+    presses = ["knorm", "random", "merging_random", "keydiff", "snapkv"]
+    grid = write_grid(tmp_path, model, press_name=presses, answer_kl=answer_kl)
     assert sweep(grid, tmp_path / "well") == 0
     # 4 layers of keys and values of 2 heads of 16 numbers of 4 bytes, for somewhat more than 300 tokens.
     free = 2 * (2 * 4 * 2 * 16 * 4 * 420) * 2
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
     assert sweep(grid, tmp_path / "results") == 0
-    assert prefills == [5, 2, 2, 1]
+    assert prefills == counts
     assert results(tmp_path / "results") == results(tmp_path / "well")
 
 
 def test_a_cell_that_cannot_answer_fails_alone(model, tmp_path, monkeypatch):
     grid = write_grid(tmp_path, model, press_name=["knorm", "keydiff", "snapkv"])
 
-    def measure(self, context, prefilled):
+    def measure(self, context, prefilled, full):
         if "KeyDiff" in str(prefilled.press):
             raise Broken("no words")
-        return original(self, context, prefilled)
+        return original(self, context, prefilled, full)
 
     original = Questions.measure
     monkeypatch.setattr(Questions, "measure", measure)
