@@ -15,7 +15,7 @@ from kvpress import BasePress, KnormPress, RandomPress, SnapKVPress
 from replay import attention_modules, clear_masks, run, snapshot
 from tiny import FAMILIES, tiny_checkpoint, tiny_model
 
-from evaluation.prefill import Prefilled, masks_of
+from evaluation.prefill import Prefilled, masks_of, prefill
 from evaluation.sweep.shared_prefill import PressFailed, prefill_many, why_alone
 from evaluation.sweep.stand_in import CannotShareError
 from kvpress_merging import AttentionMatchingPress, MergingPress
@@ -178,6 +178,7 @@ class UnleavablePress(KnormPress):
 def test_a_press_that_fails_fails_alone(broken, error, message, wrap, llama, input_ids):
     llama.set_attn_implementation("sdpa")
     presses = [KnormPress(0.5), wrap(broken(0.5)), wrap(SnapKVPress(0.5, window_size=16))]
+    prefill(llama, input_ids, None)  # each attention layer has a mask from its first prefill on
     before = {module: dict(vars(module)) for module in llama.modules()}
     first, failed, last = prefill_many(llama, input_ids, presses)
     assert {module: dict(vars(module)) for module in llama.modules()} == before
