@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
 """
-What the README and CONTRIBUTING tell their readers to type works.
+What the README, CONTRIBUTING and the pages of docs/ tell their readers to type works.
 
 A block is run as it stands, with a tiny model where it names a real one. Where that would need a hub, a GPU or an hour,
 an HTML comment right before it says so, ``<!-- needs: hub -->``, and only its flags are checked.
@@ -222,17 +222,26 @@ def test_a_sweep_can_be_read(block, tmp_path, capsys):
     assert re.search(r"^\d+ cells, 0 done", capsys.readouterr().out, re.M)
 
 
+def read_prose(page: Path) -> str:
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def anchors(text: str) -> set[str]:
+    """What a link can name after its #: the headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_links_into_the_checkout_lead_somewhere(file):
-    text = re.sub(r"^ *```.*?^ *```$", "", (ROOT / file).read_text(encoding="utf-8"), flags=re.M | re.S)
-    headings = re.findall(r"^#+ (.+)$", text, re.M)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    for link in re.findall(r"\]\(([^)\s]+)\)|<img[^>]* src=\"([^\"]+)\"", text):
+    for link in re.findall(r"\]\(([^)\s]+)\)|<img[^>]* src=\"([^\"]+)\"", read_prose(ROOT / file)):
         target = "".join(link)
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not re.match(r"[a-z]+:", target):
-            assert (ROOT / target.split("#")[0]).exists(), target
+        if not re.match(r"[a-z]+:", target):
+            path, _, anchor = target.partition("#")
+            # From where the page stands.
+            page = (ROOT / file).parent / path if path else ROOT / file
+            assert page.exists(), target
+            assert not anchor or anchor in anchors(read_prose(page)), target
 
 
 def test_the_mistakes_of_a_reader_would_be_found(monkeypatch):
