@@ -3,14 +3,15 @@
 """
 Merge what a kvpress press would throw away into what it keeps.
 
-`MergingPress` blends each evicted value into its most similar survivor, `AttentionMatchingPress` re-fits the survivors;
-both wrap any press that evicts positions, and go wherever a press goes. `MergeOnEvictPress` is what both are made of,
-for a merge rule of one's own, whose `fold` is given an `Eviction`. `MergeReport` tells what was merged, and
-`kvpress_merging.registry.PRESS_REGISTRY` has the wrapped presses of kvpress's evaluation by name.
+`MergingPress` blends each evicted value into its most similar survivor, `AttentionMatchingPress` changes the survivors
+so that attention over them gives what it gave; both wrap any press that evicts positions, and go wherever a press goes.
+`MergeOnEvictPress` is what both are made of, for a merge rule of one's own, whose `fold` is given an `Eviction`.
+`MergeReport` tells what was merged, and `kvpress_merging.registry.PRESS_REGISTRY` has the wrapped presses of kvpress's
+evaluation by name.
 
 The mathematics is in functions of tensors: `kvpress_merging.kernels.nearest.nearest_survivors` and
 `kvpress_merging.kernels.blend.cosine_blend` for the merge, `kvpress_merging.kernels.match.attention_match` for the
-re-fit.
+matching.
 """
 
 from kvpress_merging.attention_matching_press import AttentionMatchingPress

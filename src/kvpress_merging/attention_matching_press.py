@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""AttentionMatchingPress: re-fit the survivors so that attention over them gives what the full cache gave."""
+"""AttentionMatchingPress: change the survivors so that attention over them gives what the full cache gave."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _MAX_ERROR = 0.8
 @dataclass(frozen=True, eq=False)
 class Match:
     """
-    What the re-fit made of one layer.
+    What matching made of one layer.
 
     Parameters
     ----------
