@@ -159,22 +159,8 @@ def search(
     """
     The best cosine of each evicted position and the first survivor that has it.
 
-    Copies the keys of one head, or of as many as fit ``tile_bytes``, in the order in which the kernel reads them.
-
-    Parameters
-    ----------
-    scaled : ScaledKeys
-        The keys of all heads.
-    flat : torch.Tensor
-        Where survivors and then evicted positions stand among all heads' laid end to end, int64, shape
-        ``(n_heads, n_survivors + n_evicted)``. All may be chosen, unless none of the head may.
-    n_survivors, counts, tile_bytes
-        See :func:`kvpress_merging.kernels.nearest.find_nearest`.
-
-    Returns
-    -------
-    tuple of torch.Tensor
-        float32 and int64, shape ``(n_heads, n_evicted)``; indices are below ``n_survivors``.
+    Takes and gives what :func:`kvpress_merging.kernels.tiles.search` does. Copies the keys of one head, or of as many
+    as fit ``tile_bytes``, in the order in which the kernel reads them.
     """
     (n_heads, width), (k_len, head_dim) = flat.shape, scaled.keys.shape[1:]
     n_evicted = width - n_survivors
