@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,33 +21,58 @@ from evaluation.report.plots import Plot, Styles, plot_heat_map, plot_lines, sav
 from evaluation.report.runs import PREFIXES, Results, Run, direction_of
 from evaluation.report.statistics import mean_of_tasks
 from evaluation.report.summary import Benchmark, all_tables, summarize, verdict_on
-from evaluation.report.tables import ALPHA, arrow, number, p_value
+from evaluation.report.tables import ALPHA, arrow, as_markdown, escape_markdown, number, p_value
 from kvpress_merging import __version__
+
+TITLE = "What merging changes"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A plot in a page: its title, the SVG, the name of its PNG, and whether it takes the page's whole width."""
+
+    title: str
+    svg: str
+    file: str
+    wide: bool
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a page shows of one benchmark: plots, the comparisons, and where there are several tasks each of them."""
+
+    label: str
+    slug: str
+    plots: list[Drawn]
+    summary: pd.DataFrame
+    tasks: pd.DataFrame
+
+
+def draw_sections(folder: Path, results: Results, benchmarks: Sequence[Benchmark]) -> list[Section]:
+    """The sections of a page. Their plots are written to ``folder``, as PNG and SVG."""
+    presses = sorted({run.press for run in results.runs if run.kind != "full"})
+    styles = Styles(presses, sorted({run.label for run in results.runs}))
+    sections = []
+    for benchmark in benchmarks:
+        plots = [
+            Drawn(plot.title, save(plot, folder), f"{plot.name}.png", bool(plot.figure.get_size_inches()[0] > 6))
+            for plot in draw(benchmark, styles)
+        ]
+        tasks = benchmark.table if (benchmark.table["task"] == ALL_TASKS).any() else benchmark.table.head(0)
+        sections.append(Section(benchmark.label, benchmark.slug, plots, summarize(benchmark.table), tasks))
+    return sections
 
 
 def render_page(
-    folder: Path,
+    sections: Sequence[Section],
     results: Results,
     benchmarks: Sequence[Benchmark],
     notes: Sequence[str],
     scores: pd.DataFrame,
     turns: pd.DataFrame,
 ) -> str:
-    """The page as HTML, with the plots, which are written to ``folder`` too. All text but their SVG is escaped."""
+    """The page as HTML. All text but the plots' SVG is escaped."""
     runs = results.runs
-    presses = sorted({run.press for run in runs if run.kind != "full"})
-    styles = Styles(presses, sorted({run.label for run in runs}))
-    sections = []
-    for benchmark in benchmarks:
-        plots = [
-            {"title": plot.title, "svg": save(plot, folder), "wide": plot.figure.get_size_inches()[0] > 6}
-            for plot in draw(benchmark, styles)
-        ]
-        tasks = benchmark.table if (benchmark.table["task"] == ALL_TASKS).any() else benchmark.table.head(0)
-        summary = summarize(benchmark.table)
-        sections.append(
-            {"label": benchmark.label, "slug": benchmark.slug, "plots": plots, "summary": summary, "tasks": tasks}
-        )
     summary = summarize(all_tables(benchmarks))
     drawn = [row for benchmark in benchmarks for row in benchmark.references]
     models = ", ".join(dict.fromkeys(str(run.config.get("model")) for run in runs))
@@ -62,7 +88,7 @@ def render_page(
         arrow=arrow, number=number, p_value=p_value, sort_key=_sort_key, sorts_as=_sorts_as, records=_records
     )
     return environment.get_template("report.html.j2").render(
-        title="What merging changes",
+        title=TITLE,
         subtitle=f"kvpress presses with and without kvpress-merging, on {models}",
         tiles=[
             ("runs", len(runs)),
@@ -90,6 +116,29 @@ def render_page(
         settings=_values([{name: value for name, value in run.config.items() if name != "versions"} for run in runs]),
         alpha=ALPHA,
     )
+
+
+def render_markdown(sections: Sequence[Section], notes: Sequence[str], verdict: str) -> str:
+    """The page's plots and comparisons as Markdown, which a repository shows where it shows HTML as source."""
+    parts = [f"# {TITLE}", verdict, "`index.html` beside this page has each task too; download and open it."]
+    parts += ["\n".join(f"- {escape_markdown(note)}" for note in notes)] if notes else []
+    for section in sections:
+        parts.append(f"## {escape_markdown(section.label)}")
+        parts += [f"![{plot.title}]({plot.file})" for plot in section.plots]
+        table = section.summary
+        if len(table):
+            shown = {
+                "press": table["press"],
+                "kind": table["kind"],
+                "ratio": table["level"],
+                "metric": [f"{row.metric} {arrow(row.direction)}" for row in table.itertuples()],
+                **{name: table[name] for name in ("n_samples", "bare", "merged", "difference", "low", "high")},
+                "p_holm": table["p_holm"],
+                "win/tie/loss": [f"{row.wins}/{row.ties}/{row.losses}" for row in table.itertuples()],
+                "verdict": table["verdict"],
+            }
+            parts.append(as_markdown(pd.DataFrame(shown)).rstrip())
+    return "\n\n".join(parts) + "\n"
 
 
 def draw(benchmark: Benchmark, styles: Styles) -> list[Plot]:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import html
-import io
 import math
 
 import pandas as pd
@@ -69,13 +68,6 @@ def render(table: pd.DataFrame, title: str, *, narrow: bool = False) -> Table:
     return rendered
 
 
-def as_text(table: pd.DataFrame, title: str) -> str:
-    """The same as plain text."""
-    file = io.StringIO()
-    Console(file=file, width=_WIDE).print(render(table, title))
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
-
-
 def arrow(direction: str) -> str:
     """Which way is better."""
     return "↑" if direction.startswith("higher") else "↓"
@@ -102,7 +94,7 @@ def as_markdown(table: pd.DataFrame) -> str:
     """A Markdown table with numbers as in a terminal; what a name holds of Markdown or HTML is shown, not obeyed."""
     lines = [list(table.columns), ["---"] * len(table.columns)]
     for row in table.to_dict("records"):
-        lines.append([_markdown(_cell(str(name), value)) for name, value in row.items()])
+        lines.append([escape_markdown(_cell(str(name), value)) for name, value in row.items()])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -114,6 +106,7 @@ def _cell(name: str, value: object) -> str:
     return number(value, signed=name in ("difference", "low", "high"))
 
 
-def _markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """The text on one line, so that nothing in it is obeyed as Markdown or HTML."""
     text = html.escape(" ".join(text.split()), quote=False)
     return "".join(f"\\{letter}" if letter in r"\`*_[]|~" else letter for letter in text)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from evaluation.cli import Parser, fail
 from evaluation.files import replace_folder
-from evaluation.report.page import render_page
+from evaluation.report.page import draw_sections, render_markdown, render_page
 from evaluation.report.runs import Results, read_results
 from evaluation.report.summary import (
     Benchmark,
@@ -22,7 +22,7 @@ from evaluation.report.summary import (
     turn_table,
     verdict_on,
 )
-from evaluation.report.tables import as_markdown, as_text, show
+from evaluation.report.tables import show
 
 MARKER = ".kvpress-merging-report.json"
 """The file that tells a report from other folders: the files that were written, with their SHA-256."""
@@ -71,10 +71,11 @@ def write_report(folder: Path, results: Results, benchmarks: Sequence[Benchmark]
         scores.to_csv(place / "scores.csv", index=False)
         if len(turns := turn_table(benchmarks)):
             turns.to_csv(place / "turns.csv", index=False)
-        (place / "comparisons.md").write_text(as_markdown(table), encoding="utf-8")
-        (place / "comparisons.txt").write_text(as_text(table, TITLE), encoding="utf-8")
-        page = render_page(place, results, benchmarks, notes, scores, turns)
+        sections = draw_sections(place, results, benchmarks)
+        page = render_page(sections, results, benchmarks, notes, scores, turns)
         (place / "index.html").write_text(page, encoding="utf-8")
+        markdown = render_markdown(sections, notes, verdict_on(summarize(table)))
+        (place / "README.md").write_text(markdown, encoding="utf-8")
         written = {file.name: _sha256(file) for file in sorted(place.iterdir())}
         (place / MARKER).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         check_replaceable(folder)

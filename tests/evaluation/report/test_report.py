@@ -21,7 +21,7 @@ from evaluation.__main__ import main
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import run
 from evaluation.report.plots import Styles, plot_heat_map, plot_lines
-from evaluation.report.summary import verdict_on
+from evaluation.report.summary import summarize, verdict_on
 from evaluation.report.tables import as_markdown
 from evaluation.report.write import MARKER
 from kvpress_merging import MergingPress
@@ -121,11 +121,11 @@ def test_a_report_is_replaced_but_nothing_else_is(results, tmp_path, capsys):
     assert "mine.txt" in capsys.readouterr().err
     assert (folder / "mine.txt").exists()
     (folder / "mine.txt").unlink()
-    (folder / "comparisons.md").write_text("with a word of mine")
+    (folder / "README.md").write_text("with a word of mine")
     with pytest.raises(SystemExit):
         main(["report", str(results), "--output_dir", str(folder)])
-    assert f"{folder / 'comparisons.md'} has been changed since it was written" in capsys.readouterr().err
-    assert (folder / "comparisons.md").read_text() == "with a word of mine"
+    assert f"{folder / 'README.md'} has been changed since it was written" in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == "with a word of mine"
 
 
 # What a report holds.
@@ -218,7 +218,7 @@ def test_rulers_picture_is_a_panel_a_press_with_intervals_of_the_mean_of_tasks()
 
 def test_a_report_has_tables_plots_and_a_page(report):
     names = {file.name for file in report.iterdir()}
-    assert {"comparisons.csv", "comparisons.md", "comparisons.txt", "scores.csv", "index.html", MARKER} <= names
+    assert {"comparisons.csv", "README.md", "scores.csv", "index.html", MARKER} <= names
     for dataset in ("fidelity", "ruler-synthetic"):
         for plot in ("scores", "times", "differences"):
             assert sum(dataset in name and plot in name for name in names) == 2  # PNG and SVG
@@ -231,6 +231,17 @@ def test_a_report_has_tables_plots_and_a_page(report):
     assert len(table) == 4 * 3 + 4 * 4  # two tasks and all of them; four metrics
     scores = pd.read_csv(report / "scores.csv")
     assert len(scores) == 9 * 2 + 9 * 4
+
+
+def test_the_markdown_page_shows_what_the_page_does_where_html_is_shown_as_source(report):
+    text = (report / "README.md").read_text()
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert sorted(pictures) == sorted(file.name for file in report.glob("*.png"))
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| press"))]
+    table = pd.read_csv(report / "comparisons.csv")
+    n_compared = len(table.groupby(["benchmark", "press", "kind", "level", "metric"]))
+    assert len(rows) == n_compared
+    assert verdict_on(summarize(table)) in text
 
 
 class Tags(HTMLParser):
@@ -253,7 +264,7 @@ def test_hostile_names_are_text_and_nothing_else(report):
     assert "https://example.org/board" in links
     assert all(link.startswith(("https://", "#")) for link in links)
     assert "&lt;/script&gt;" in page
-    assert "<img" not in (report / "comparisons.md").read_text()
+    assert "<img" not in (report / "README.md").read_text()
     for file in report.glob("*.svg"):
         assert not list(xml.etree.ElementTree.parse(file).iter("img"))
 
