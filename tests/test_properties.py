@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""What merging and re-fitting never change, around presses drawn at random, in whole forward passes of a model."""
+"""What merging and matching never change, around presses drawn at random, in whole forward passes of a model."""
 
 from __future__ import annotations
 

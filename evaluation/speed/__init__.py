@@ -9,7 +9,7 @@ ratio and dtype, on the CPU and on a GPU if there is one:
 - *eviction*: gathering the survivors and nothing else. It is outside in all others;
 - *kvpress*: ``kvpress.MergingPress(KnormPress(ratio)).merge``;
 - *ours*: finding the evicted positions and ``cosine_blend``, with equal parameters and ``kernel="torch"``;
-- *re-fit*: matching, ``attention_match`` in place of the blend, with as many queries as by default;
+- *matching*: ``attention_match`` in place of the blend, with as many queries as by default;
 - *ours-triton* (GPU): *ours* with ``kernel="triton"``;
 - *product*: one matrix product per head of all evicted with all surviving keys, and nothing else: the floor of any
   exact search that asks the BLAS for it (in pieces of 1 GiB where it is larger);
@@ -37,13 +37,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from kvpress import SnapKVPress
 from rich.console import Console
 
 from evaluation.cli import fail, parse_config
 from evaluation.files import write_folder
 from evaluation.models import BUILT_IN_MODEL, ModelUnavailableError, load_model
 from evaluation.speed.operations import operations_table
-from evaluation.speed.prefill import measure_prefill
+from evaluation.speed.prefill import INNER_PRESSES, measure_prefill
 from evaluation.speed.show import plot, show
 from evaluation.speed.subjects import DTYPES, SUBJECTS, Cell, measure_extra_bytes, measure_seconds
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
@@ -82,6 +83,10 @@ class SpeedArguments:
             for number in value if isinstance(value, list) else [value]:
                 if number < 1:
                     raise ValueError(f"{name} must be at least 1, got {number}")
+        window = SnapKVPress().window_size
+        for k_len in self.prefill:
+            if k_len <= window:
+                raise ValueError(f"prefill must be more than SnapKV's window of {window} tokens, got {k_len}")
         if self.threads < 0:
             raise ValueError(f"threads must be at least 0, got {self.threads}")
         for name, allowed in (("dtype", DTYPES), ("devices", DEVICES), ("subjects", SUBJECTS)):
@@ -117,8 +122,8 @@ def measure(arguments: SpeedArguments) -> dict[str, Any]:
     prefills = []
     if arguments.prefill:
         model, _ = load_model(arguments.model)
-        for k_len, ratio in itertools.product(arguments.prefill, arguments.compression_ratio):
-            measured = measure_prefill(model, k_len, ratio, arguments.repeats)
+        for k_len, ratio, name in itertools.product(arguments.prefill, arguments.compression_ratio, INNER_PRESSES):
+            measured = measure_prefill(model, k_len, ratio, arguments.repeats, name)
             prefills.append({"device": str(model.device), **measured})
     rows: list[dict[str, Any]] = []
     for cell in arguments.cells():
@@ -159,7 +164,7 @@ def measure_cell(cell: Cell, arguments: SpeedArguments) -> list[dict[str, Any]]:
             rows.append({**row, "note": notes[name]})
             continue
         n_bytes, kvpress_bytes = extra[name], extra.get("kvpress")
-        searches = name not in ("eviction", "re-fit", "attention")
+        searches = name not in ("eviction", "matching", "attention")
         median = statistics.median(seconds[name])
         row |= {"seconds": seconds[name], "median_seconds": median, "extra_bytes": n_bytes}
         row["time_to_kvpress"] = median_ratio(name, "kvpress")

@@ -60,11 +60,12 @@ def show(figures: dict[str, Any], console: Console) -> None:
         operations.add_row(*(f"{value:.0f}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(operations)
     if figures["prefills"]:
-        prefills = Table(title=f"Whole prefills of {arguments['model']}: KnormPress, bare and with ours around it")
-        for heading in ("tokens", "ratio", "device", "no press", "bare", "merged", "over bare", "matched", "over bare"):
+        prefills = Table(title=f"Whole prefills of {arguments['model']}: presses, bare and with ours around them")
+        ours = ("merged", "over bare", "matched", "over bare")
+        for heading in ("tokens", "press", "ratio", "device", "no press", "bare", *ours):
             prefills.add_column(heading, justify="right")
         for row in figures["prefills"]:
-            cells = [f"{row['k_len']:,}", str(row["compression_ratio"]), row["device"]]
+            cells = [f"{row['k_len']:,}", row["press"], str(row["compression_ratio"]), row["device"]]
             for name, seconds in row["median_seconds"].items():
                 cells.append(f"{seconds:.2f} s")
                 if name in row["overhead"]:

@@ -148,7 +148,7 @@ SUBJECTS = {
     "eviction": Subject(lambda inputs, tile_bytes: inputs.gather_kept),
     "kvpress": Subject(_kvpress),
     "ours": Subject(_ours),
-    "re-fit": Subject(_matching),
+    "matching": Subject(_matching),
     "ours-triton": Subject(functools.partial(_ours, kernel="triton"), ("cuda",)),
     "product": Subject(_products),
     "tiles": Subject(functools.partial(_products, in_tiles=True), ("cpu",)),

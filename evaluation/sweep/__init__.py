@@ -140,7 +140,7 @@ def sweep(
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog=PROG, description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("file", type=Path, help="the YAML file, for instance evaluation/sweeps/laptop.yaml")
+    parser.add_argument("file", type=Path, help="the YAML file, for instance evaluation/sweeps/text-1024.yaml")
     for name, options in {
         "output_dir": {"help": "where the results go; by default what the file says, or results/ and its name"},
         "runner": {

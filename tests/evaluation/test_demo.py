@@ -1,13 +1,17 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
+import shlex
 
 import pandas as pd
 import pytest
 from matplotlib.image import imread
 
 from evaluation import demo
+from evaluation.cli import parse_config
 from evaluation.demo import DemoConfig, verdict
+from evaluation.models import BUILT_IN_MODELS
 from evaluation.text import built_in_text
 
 
@@ -39,6 +43,7 @@ def test_the_demo_ends_with_a_table_answers_json_and_a_plot_and_measures_the_sam
             assert f"{press} 0.5, {kind}" in out
     assert "Merging lowered KL in" in out
     assert "Matching lowered KL in" in out
+    assert demo.FURTHER not in out
 
     assert record["config"]["context_length"] == 160
     assert record["versions"]["torch"]
@@ -69,6 +74,16 @@ def test_the_demo_ends_with_a_table_answers_json_and_a_plot_and_measures_the_sam
     again = run_demo(checkpoint, tmp_path / "again")
     for dataset in ("fidelity", "needle"):
         assert runs_of(again, dataset) == runs_of(record, dataset)
+
+
+def test_on_the_small_model_the_last_line_leads_to_one_that_retrieves(checkpoint, tmp_path, capsys, monkeypatch):
+    measure = demo.measure
+    monkeypatch.setattr(demo, "measure", lambda config: measure(dataclasses.replace(config, model=str(checkpoint))))
+    run_demo("smollm2", tmp_path / "out")
+    last = capsys.readouterr().out.splitlines()[-1]
+    python, flag, package, command, *flags = shlex.split(last)
+    assert (python, flag, package, command) == ("python", "-m", "evaluation", "demo")
+    assert parse_config(DemoConfig, flags, prog="demo", description="").model in BUILT_IN_MODELS
 
 
 def test_the_verdict_names_where_merging_did_worse_too():

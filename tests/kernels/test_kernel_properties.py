@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the blend and the re-fit never do, whatever layer they are given: a few hundred cases, or thousands."""
+"""What the blend and matching never do, whatever layer they are given: a few hundred cases, or thousands."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""The re-fit: against its naive form, an oracle in plain loops, and what it promises."""
+"""Matching: against its naive form, an oracle in plain loops, and what it promises."""
 
 from __future__ import annotations
 

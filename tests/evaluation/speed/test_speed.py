@@ -22,7 +22,7 @@ from kvpress_merging import AttentionMatchingPress, MergingPress
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
 
 TINY = Cell("cpu", k_len=96, num_key_value_heads=2, head_dim=16, compression_ratio=0.5, dtype="bfloat16")
-ON_CPU = ["eviction", "kvpress", "ours", "re-fit", "product", "tiles"]
+ON_CPU = ["eviction", "kvpress", "ours", "matching", "product", "tiles"]
 has_proc = pytest.mark.skipif(
     not speed_subjects.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc"
 )
@@ -45,7 +45,7 @@ def test_ours_and_kvpress_are_timed_on_the_same_merge():
 
 def test_the_re_fit_is_timed_on_the_layer_that_the_merge_is():
     inputs = Inputs.of(TINY)
-    match = result_of("re-fit", TINY)
+    match = result_of("matching", TINY)
     assert match.values.shape == (1, 2, 48, 16)
     assert (match.error_before > 0).all()
     left = match.values[~match.is_fitted]
@@ -148,7 +148,7 @@ def test_growth_is_the_slope_over_all_contexts():
 
 def test_figures_are_printed_written_and_drawn(tmp_path, monkeypatch, capsys):
     n_bytes = {"eviction": 500_000, "kvpress": 4_000_000, "ours": 1_000_000, "product": 0, "tiles": None}
-    n_bytes["re-fit"] = 2_000_000
+    n_bytes["matching"] = 2_000_000
     monkeypatch.setattr(speed, "measure_extra_bytes", lambda cell, name, *others: n_bytes[name])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     folder = tmp_path / "deeper"
@@ -184,11 +184,13 @@ def test_figures_are_printed_written_and_drawn(tmp_path, monkeypatch, capsys):
 
 def test_whole_prefills_are_printed_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "load_model", lambda name: (tiny_model("llama"), None))
-    arguments = ["--devices", "cuda", "--prefill", "64", "128", "--repeats", "2", "--output_dir", str(tmp_path)]
+    arguments = ["--devices", "cuda", "--prefill", "96", "128", "--repeats", "2", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     main(arguments)
     prefills = json.loads((tmp_path / "speed.json").read_text())["prefills"]
-    assert [row["k_len"] for row in prefills] == [64, 128]
+    assert [(row["k_len"], row["press"]) for row in prefills] == [
+        (k_len, press) for k_len in (96, 128) for press in ("knorm", "snapkv", "adakv_snapkv")
+    ]
     for row in prefills:
         names = ["full", "bare", "merged", "matched"]
         assert {name: len(seconds) for name, seconds in row["seconds"].items()} == dict.fromkeys(names, 2)
@@ -202,7 +204,7 @@ def test_whole_prefills_are_printed_and_written(tmp_path, monkeypatch, capsys):
 def test_a_model_that_is_not_there_is_one_line_before_any_layer_is_timed(monkeypatch, capsys):
     monkeypatch.setattr(speed, "measure_cell", lambda *_: pytest.fail("a layer was timed"))
     with pytest.raises(SystemExit) as exit_info:
-        main(["--devices", "cpu", "--k_len", "64", "--prefill", "64", "--model", "./nowhere"])
+        main(["--devices", "cpu", "--k_len", "64", "--prefill", "96", "--model", "./nowhere"])
     assert exit_info.value.code == 2
     assert capsys.readouterr().err == (
         "python -m evaluation speed: There is no folder './nowhere' to load a model from.\n"
@@ -240,7 +242,8 @@ def test_prefills_are_timed_with_the_presses_at_work(monkeypatch):
         ({"devices": ["mps"]}, "devices must be among cpu, cuda, got 'mps'"),
         ({"subjects": ["theirs"]}, "subjects must be among eviction, kvpress, ours, .*, got 'theirs'"),
         ({"compression_ratio": [0.5, 1.0]}, "compression_ratio must leave and evict some of 8192 tokens, got 1.0"),
-        ({"prefill": [1]}, "compression_ratio must leave and evict some of 1 tokens, got 0.5"),
+        ({"prefill": [64]}, "prefill must be more than SnapKV's window of 64 tokens, got 64"),
+        ({"k_len": [1]}, "compression_ratio must leave and evict some of 1 tokens, got 0.5"),
     ],
 )
 def test_flags_out_of_range_are_named(flags, message):

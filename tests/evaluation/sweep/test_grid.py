@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evaluation.evaluate_registry import PRESS_REGISTRY
 from evaluation.presses import configure_press
 from evaluation.report.runs import LEVELS, read_references
 from evaluation.sweep.grid import read_grid
@@ -157,21 +156,21 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
 # The files that come with it.
 
 
-def test_the_grid_of_qwen3_has_every_press_bare_and_merged():
+def test_the_grid_of_qwen3_has_every_press_bare_merging_and_matching():
     file = SWEEPS / "ruler-4096-qwen3-8b.yaml"
     cells = read_grid(file)
     assert {about([config], "dataset", "data_dir", "model", "seed", "tasks")[0] for config in cells} == {
         ("ruler", "4096", "Qwen/Qwen3-8B", 42, None)
     }
-    assert Counter(config.fraction for config in cells) == {0.1: 45, 1.0: 45}
+    assert Counter(config.fraction for config in cells) == {0.1: 67, 1.0: 67}
     levels = Counter(
         (config.threshold is None, config.threshold or config.compression_ratio)
         for config in cells
         if config.press_name != "no_press"
     )
-    assert levels == {(True, 0.25): 20, (True, 0.5): 20, (True, 0.75): 20, (True, 0.875): 20} | {
-        (False, -3.0): 4,
-        (False, -4.0): 4,
+    assert levels == {(True, 0.25): 30, (True, 0.5): 30, (True, 0.75): 30, (True, 0.875): 30} | {
+        (False, -3.0): 6,
+        (False, -4.0): 6,
     }
     assert_every_merged_press_has_its_twin(cells)
     rows = [(row["press_name"], row["compression_ratio"], row["score"]) for row in read_references(file)]
@@ -201,25 +200,14 @@ def test_the_ablations_have_each_field_on_and_off():
     assert {config.compression_ratio for config in cells} == {0.75, 0.875}
 
 
-def test_the_laptops_grid_compares_five_presses_at_three_ratios(tmp_path):
-    content = yaml.safe_load((SWEEPS / "laptop.yaml").read_text())
-    assert Counter(name.split("_")[0] for name in content["press_name"])["matching"] == 5
-    # Matching is measured where the library has it.
-    content["press_name"] = [
-        name for name in content["press_name"] if name in PRESS_REGISTRY or not name.startswith("matching_")
-    ]
-    cells = read(tmp_path, yaml.safe_dump(content))
-    n_presses = len(content["press_name"]) - 1
-    assert n_presses in (10, 15)
-    assert Counter(config.dataset for config in cells) == dict.fromkeys(
-        ("ruler-synthetic", "fidelity"), 1 + 3 * n_presses
-    )
-    for config in cells:
-        if config.dataset == "ruler-synthetic":
-            assert (config.tasks, config.data_dir) == (["niah_single_1", "niah_single_2"], "400")
-            assert config.n_samples >= 25
-    assert {config.model for config in cells} == {"smollm2"}
-    assert_every_merged_press_has_its_twin(cells)
+@pytest.mark.parametrize(
+    ("file", "n_cells"), [("text-1024.yaml", 186), ("needles-1200-qwen2.5.yaml", 37), ("ruler-4096-qwen2.5.yaml", 73)]
+)
+def test_every_press_of_a_published_grid_is_there_bare_too(file, n_cells, tmp_path):
+    cells = read(tmp_path, (SWEEPS / file).read_text())
+    assert len(cells) == n_cells
+    for model in {config.model for config in cells}:
+        assert_every_merged_press_has_its_twin([config for config in cells if config.model == model])
 
 
 def assert_every_merged_press_has_its_twin(cells):

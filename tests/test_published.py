@@ -1,0 +1,184 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
+# SPDX-License-Identifier: Apache-2.0
+"""
+The tables of README and docs say what the committed results say.
+
+Each row is worked out anew from ``evaluation/results/<name>/scores.csv``, and each report drawn anew from the runs that
+are packed beside it. Where a row has to change, the failure shows what it should be.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from evaluation.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "evaluation" / "results"
+MODELS = {"smollm2": "SmolLM2", "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B"}
+PRESSES = {
+    "knorm": "Knorm",
+    "expected_attention_head": "ExpectedAttention",
+    "keydiff": "KeyDiff",
+    "snapkv": "SnapKV",
+    "adakv_snapkv": "AdaKV(SnapKV)",
+    "tova": "TOVA",
+    "streaming_llm": "StreamingLLM",
+    "kvzip": "KVzip",
+}
+KINDS = ("merged", "matching")
+LEAST_LOSS = 0.05
+"""Nats a token that eviction has to cost before a share of it means anything."""
+
+
+@functools.cache
+def means(name: str, metric: str) -> pd.DataFrame:
+    """Mean over tasks of each run of a folder: columns ``benchmark``, ``press``, ``kind``, ``level`` and ``mean``."""
+    table = pd.read_csv(RESULTS / name / "scores.csv", dtype={"level": str})
+    table = table[table["metric"] == metric]
+    keys = ["benchmark", "press", "kind", "level"]
+    return table.groupby(keys, dropna=False, sort=False)["mean"].mean().reset_index()
+
+
+def mean_of(name: str, metric: str, press: str, kind: str, level: str, model: str = "qwen2.5-coder-0.5b") -> float:
+    """Of one run."""
+    table = means(name, metric)
+    table = table[table["benchmark"].str.contains(model) & (table["kind"] == kind)]
+    if kind != "full":
+        table = table[(table["press"] == press) & (table["level"] == level)]
+    assert len(table) == 1, (name, metric, press, kind, level, model)
+    return float(table["mean"].iloc[0])
+
+
+def won_back(name: str, press: str, kind: str, levels: tuple[str, ...]) -> str:
+    """Share of what eviction adds to the full cache's ``answer_nll`` that one of ours takes away again."""
+    bare, ours, full = (
+        sum(mean_of(name, "answer_nll", press, one, level) for level in levels) for one in ("bare", kind, "full")
+    )
+    if bare - full < LEAST_LOSS * len(levels):
+        return "-"
+    return f"{100 * (bare - ours) / (bare - full):.0f} %"
+
+
+def share(press: str, kind: str, level: str, model: str) -> float:
+    """KL divergence from the full cache, as a share of eviction's."""
+    kl = [mean_of("text-1024", "kl", press, one, level, model) for one in (kind, "bare")]
+    return kl[0] / kl[1]
+
+
+def shares(press: str, kind: str, levels: tuple[str, ...], model: str) -> str:
+    """From the lowest to the highest."""
+    all_shares = [share(press, kind, level, model) for level in levels]
+    return f"{min(all_shares):.2f} to {max(all_shares):.2f}"
+
+
+LEVELS = ("0.25", "0.5", "0.75", "0.88")
+
+
+def advice_row(press: str) -> str:
+    """README, less the advice itself."""
+    text = " / ".join(shares(press, kind, LEVELS, "qwen2.5-coder-0.5b") for kind in KINDS)
+    ruler = ""
+    if press in ("knorm", "expected_attention_head", "keydiff", "snapkv", "adakv_snapkv", "tova"):
+        ruler = " / ".join(won_back("ruler-4096", press, kind, LEVELS) for kind in KINDS)
+    return f"| {PRESSES[press]} | {ruler or 'not measured'} | {text} |"
+
+
+def text_row(press: str, model: str) -> str:
+    """docs/method.md: eviction's KL and what the rules leave of it, ratio by ratio."""
+    levels = ("0.75", "0.88", "0.94") if press == "kvzip" else LEVELS
+    cells = [
+        f"{mean_of('text-1024', 'kl', press, 'bare', level, model):.4f}: "
+        + " / ".join(f"{share(press, kind, level, model):.2f}" for kind in KINDS)
+        for level in levels
+    ]
+    name = f"KVzip, {MODELS[model]}" if press == "kvzip" else PRESSES[press]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def needle_row(press: str) -> str:
+    """docs/method.md: the answers' negative log-likelihood in 1,200 tokens, and what matching wins back."""
+    name, levels = "needles-1200", LEVELS[:3]
+    cells = [
+        f"{mean_of(name, 'answer_nll', press, 'bare', level):.2f} → "
+        f"{mean_of(name, 'answer_nll', press, 'matching', level):.2f} ({won_back(name, press, 'matching', (level,))})"
+        for level in levels
+    ]
+    return f"| {PRESSES[press]} | {' | '.join(cells)} |"
+
+
+def ruler_row(press: str) -> str:
+    """docs/method.md: the answers' negative log-likelihood over RULER's tasks, bare, merging and matching."""
+    cells = [
+        " / ".join(f"{mean_of('ruler-4096', 'answer_nll', press, kind, level):.2f}" for kind in ("bare", *KINDS))
+        for level in LEVELS
+    ]
+    return f"| {PRESSES[press]} | {' | '.join(cells)} |"
+
+
+def layer_row(k_len: int) -> str:
+    """docs/speed.md: time and memory of one layer."""
+    figures = json.loads((RESULTS / "speed" / "layers.json").read_text(encoding="utf-8"))
+    rows = {row["subject"]: row for row in figures["layers"] if row["k_len"] == k_len}
+    theirs, merging, matching = (rows[name] for name in ("kvpress", "ours", "matching"))
+    times = [f"{theirs['median_seconds']:.2f} s"]
+    times += [f"{row['median_seconds']:.2f} s ({row['time_to_kvpress']:.2f})" for row in (merging, matching)]
+    memory = [f"{theirs['extra_bytes'] / 1e6:,.0f} MB"]
+    memory += [f"{row['extra_bytes'] / 1e6:,.0f} MB ({row['memory_to_kvpress']:.3f})" for row in (merging, matching)]
+    return f"| {k_len:,} | {' | '.join(times)} | {' | '.join(memory)} |"
+
+
+def prefill_row(press: str) -> str:
+    """docs/speed.md: what ours add to a prefill."""
+    figures = json.loads((RESULTS / "speed" / "prefill-1024.json").read_text(encoding="utf-8"))
+    (row,) = (row for row in figures["prefills"] if row["press"] == press)
+    return f"| {PRESSES[press]} | {row['overhead']['merged']:+.0%} | {row['overhead']['matched']:+.0%} |"
+
+
+EVICTING = tuple(press for press in PRESSES if press != "kvzip")
+MEASURED = tuple(press for press in PRESSES if press not in ("kvzip", "streaming_llm"))
+ROWS = [
+    *(("README.md", functools.partial(advice_row, press)) for press in EVICTING),
+    *(("docs/method.md", functools.partial(text_row, press, model)) for model in MODELS for press in PRESSES),
+    *(("docs/method.md", functools.partial(needle_row, press)) for press in MEASURED),
+    *(("docs/method.md", functools.partial(ruler_row, press)) for press in MEASURED),
+    *(("docs/speed.md", functools.partial(layer_row, k_len)) for k_len in (8192, 16384, 32768)),
+    *(("docs/speed.md", functools.partial(prefill_row, press)) for press in ("knorm", "snapkv", "adakv_snapkv")),
+]
+
+
+@pytest.mark.parametrize(("file", "row"), ROWS, ids=lambda part: part if isinstance(part, str) else str(part.args))
+def test_a_row_of_a_table_says_what_was_measured(file, row):
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    assert any(line.startswith(row()) for line in lines), f"{file} lacks the row {row()}"
+
+
+def pages() -> list[Path]:
+    return sorted(RESULTS.glob("*/index.html"))
+
+
+def versions_that_drew(page: Path) -> dict[str, str]:
+    found = re.findall(r"report: (\S+?)</th><td[^>]*>([^<]*)<", page.read_text(encoding="utf-8"))
+    return {name: version for name, version in found if name in ("matplotlib", "pandas", "scipy")}
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.parent.name)
+def test_a_committed_report_is_what_its_runs_give_to_the_byte(page, tmp_path):
+    drawn_by = versions_that_drew(page)
+    assert len(drawn_by) == 3
+    if any(importlib.metadata.version(name) != version for name, version in drawn_by.items()):
+        pytest.skip(f"drawn with {drawn_by}")
+    with tarfile.open(page.parent / "runs.tar.xz") as archive:
+        archive.extractall(tmp_path / "runs", filter="data")
+    main(["report", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "report")])
+    for file in page.parent.iterdir():
+        if file.name != "runs.tar.xz":
+            assert file.read_bytes() == (tmp_path / "report" / file.name).read_bytes(), file.name
