@@ -9,10 +9,10 @@ import pytest
 from evaluation.speed.operations import operations_per_layer
 
 MAX_OPERATIONS = {
-    ("merging", "even"): 40,
-    ("merging", "ragged"): 60,
-    ("matching", "even"): 98,
-    ("matching", "ragged"): 120,
+    ("merging", "even"): 39,
+    ("merging", "ragged"): 55,
+    ("matching", "even"): 85,
+    ("matching", "ragged"): 111,
 }
 
 

@@ -59,9 +59,9 @@ def prerope_queries(module: nn.Module, hidden_states: torch.Tensor) -> torch.Ten
     projection = getattr(module, "q_proj", getattr(module, "qkv_proj", None))
     if projection is None:
         raise TypeError(f"{type(module).__name__} has neither q_proj nor qkv_proj to make reference queries with")
-    projected = projection(hidden_states)
-    head_dim = int(module.head_dim)  # type: ignore[arg-type]
-    bsz, n, n_channels = projected.shape
+    bsz, n, _ = hidden_states.shape
+    projected = projection(hidden_states.flatten(0, 1))
+    head_dim, n_channels = int(module.head_dim), projected.shape[-1]  # type: ignore[arg-type]
     n_groups = int(module.num_key_value_groups)  # type: ignore[arg-type]
     if not hasattr(module, "q_proj"):
         # Queries, keys and values side by side, n_groups : 1 : 1 in heads.
@@ -92,5 +92,5 @@ def rotate(queries: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     turned, rest = queries[..., :rotary_dim], queries[..., rotary_dim:]
     first, second = turned.chunk(2, dim=-1)
     cos, sin = cos.float()[:, None, None], sin.float()[:, None, None]
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    turned = torch.cat([-second, first], dim=-1).mul_(sin).addcmul_(turned, cos)
     return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned

@@ -24,7 +24,6 @@ from kvpress_merging.kernels.match_heads import (
     TINY,
     VALUE_WEIGHT,
     match_block,
-    survivors_before,
 )
 from kvpress_merging.kernels.match_ragged import match_ragged
 from kvpress_merging.kernels.nearby import block_length, naive_nearest_nearby
@@ -140,7 +139,7 @@ def attention_match(
     Match
         The survivors' keys and values, and how well they stand for what was evicted.
     """
-    (bsz, num_key_value_heads, _, head_dim), k_len = kept_keys.shape, keys.shape[2]
+    bsz, num_key_value_heads, _, head_dim = kept_keys.shape
     n_heads, device = bsz * num_key_value_heads, keys.device
     n_survivors, n_evicted = eviction.survivors.shape[-1], eviction.evicted.shape[-1]
     counts = eviction.counts or ((n_survivors, n_evicted),) * n_heads
@@ -155,14 +154,11 @@ def attention_match(
             bytes_per_head = 4 * (n_survivors + n_evicted) * max(1, head_dim, queries.shape[2])
             max_block = block_bytes(device)
             max_bytes = DEFAULT_TILE_BYTES if bytes_per_head <= max_block // 8 else max_block
-            lists = [part.flatten(0, 1) for part in (eviction.survivors, eviction.evicted, eviction.slots)]
-            positions = eviction.positions.flatten(0, 1)
+            positions, slots = eviction.positions.flatten(0, 1), eviction.slots.flatten(0, 1)
             for heads in head_slices([bytes_per_head] * n_heads, max_bytes, max_block):
-                survivors, evicted, slots = (part[heads] for part in lists)
-                place = survivors_before(survivors, evicted, k_len)
                 of_heads = [part[heads] for part in layer]
                 rewritten = eviction.keys_rewritten
-                parts.append(match_block(of_heads, positions[heads], place, slots, keys_rewritten=rewritten, **options))
+                parts.append(match_block(of_heads, positions[heads], slots[heads], keys_rewritten=rewritten, **options))
     new = [torch.cat(of_parts) for of_parts in zip(*parts)] if len(parts) > 1 else parts[0]
     return Match(*(part.unflatten(0, (bsz, num_key_value_heads)) for part in new))
 

@@ -32,18 +32,9 @@ TINY = torch.finfo(torch.float32).tiny
 MIN_SQUARE = 1e-30
 
 
-def survivors_before(survivors: torch.Tensor, evicted: torch.Tensor, k_len: int) -> torch.Tensor:
-    """How many survivors stand before each evicted position, int64, shape of ``evicted``."""
-    n_evicted = evicted.shape[1]
-    if survivors.shape[1] + n_evicted == k_len:
-        return evicted - first_rows(n_evicted, 1, evicted.device).view(-1)
-    return torch.searchsorted(survivors.contiguous(), evicted.contiguous())
-
-
 def match_block(
     layer: Sequence[torch.Tensor],
     positions: torch.Tensor,
-    place: torch.Tensor,
     slots: torch.Tensor,
     *,
     keys_rewritten: bool,
@@ -60,8 +51,6 @@ def match_block(
         batch axis.
     positions : torch.Tensor
         Survivors, then evicted positions, int64, shape ``(n_heads, n_survivors + n_evicted)``.
-    place : torch.Tensor
-        How many survivors stand before each evicted position, int64, shape ``(n_heads, n_evicted)``.
     slots : torch.Tensor
         Of the survivors, int64, shape ``(n_heads, n_survivors)``.
     keys_rewritten, key_ridge
@@ -78,26 +67,36 @@ def match_block(
     (n_heads, k_len, head_dim), (n_slots, value_dim) = keys.shape, kept_values.shape[1:]
     flat = (positions + first_rows(n_heads, k_len, keys.device)).view(-1)
     slot = (slots + first_rows(n_heads, n_slots, keys.device)).view(-1)
-    one = scalar(1.0, torch.float32, keys.device).expand(*positions.shape, 1)
-    of_keys, of_values = (
-        rows.reshape(-1, rows.shape[-1]).index_select(0, flat).view(*positions.shape, -1) for rows in (keys, values)
-    )
-    rows = torch.cat([of_keys, of_values, one], dim=-1).float()
+    one = scalar(1.0, keys.dtype, keys.device).expand(n_heads, k_len, 1)
+    rows = torch.cat([keys, values, one], dim=-1).flatten(0, 1).index_select(0, flat).view(*positions.shape, -1).float()
+    survivors, place = positions.split([slots.shape[1], positions.shape[1] - slots.shape[1]], dim=1)
+    counts_evicted = positions.shape[1] == k_len
+    if not counts_evicted:
+        place = torch.searchsorted(survivors.contiguous(), place.contiguous())
     old_keys = None
     if keys_rewritten:
         old_keys = kept_keys.reshape(-1, head_dim).index_select(0, slot).view(*slots.shape, head_dim).float()
     matched, of_eviction, of_matching, output_norm = match_heads(
-        rows, head_dim, place, queries, kept_queries, old_keys, key_ridge=key_ridge
+        rows, head_dim, place, queries, kept_queries, old_keys, key_ridge=key_ridge, counts_evicted=counts_evicted
     )
     matched = matched.to(kept_keys.dtype)
-    # One number that is not finite spoils the sum, and a comparison with what is not a number is False.
-    of_matching.add_(matched.sum(dim=(1, 2), dtype=torch.float32), alpha=0)
+    spoil_(of_matching, matched)
     is_better = of_matching < sqrt(max_error) * of_eviction
     new = []
     for kept, columns in ((kept_keys, slice(0, head_dim)), (kept_values, slice(head_dim, head_dim + value_dim))):
         changed = kept.reshape(n_heads * n_slots, -1).index_copy(0, slot, matched[..., columns].flatten(0, 1))
         new.append(torch.where(is_better[:, None, None], changed.view(kept.shape), kept))
     return *new, is_better, of_eviction, of_matching, output_norm
+
+
+def spoil_(of_matching: torch.Tensor, matched: torch.Tensor) -> None:
+    """
+    Make the error of a head NaN, which is less than no other, where a number of what it is given is not finite.
+
+    What is not finite in float32 has shown in the error already: only what float16 has no room for is looked for.
+    """
+    if matched.dtype == torch.float16:
+        of_matching.add_(matched.sum(dim=(1, 2), dtype=torch.float32), alpha=0)
 
 
 def match_heads(
@@ -111,6 +110,7 @@ def match_heads(
     key_ridge: float,
     counts: np.ndarray | None = None,
     length: int | None = None,
+    counts_evicted: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Match heads, whether that is better than eviction or not.
@@ -125,7 +125,8 @@ def match_heads(
     head_dim : int
         Of the keys.
     place : torch.Tensor
-        How many survivors stand before each evicted position, int64, shape ``(n_heads, n_evicted)``.
+        How many survivors stand before each evicted position, or with ``counts_evicted`` how many positions, int64,
+        shape ``(n_heads, n_evicted)``.
     queries, kept_queries : torch.Tensor
         Shape ``(n_heads, n_queries, head_dim)``.
     old_keys : torch.Tensor or None
@@ -152,78 +153,94 @@ def match_heads(
 
     # Positions run along rows, queries along columns, so that rows can be gathered and added.
     logits = torch.bmm(keys, queries.transpose(1, 2))
-    scale: float | torch.Tensor = VALUE_WEIGHT * n_queries * width
     if counts is not None:
         is_nothing = is_padding(counts.tolist(), n_survivors, width - n_survivors)
         logits.masked_fill_(on_device(is_nothing, rows.device)[..., None], -torch.inf)
-        n_real = counts.sum(axis=1)[:, None, None].astype(np.float32)
-        scale = on_device(VALUE_WEIGHT * n_queries * n_real, rows.device)
-    all_mass = logits.softmax(dim=1)
+    all_mass = logits.softmax(dim=1).add_(MIN_MASS)
     mass, kept_values = all_mass[:, :n_survivors], values[:, :n_survivors]
     residual = torch.bmm(all_mass[:, n_survivors:].transpose(1, 2), values[:, n_survivors:])
     output = torch.baddbmm(residual, mass.transpose(1, 2), kept_values)
     if old_keys is not None:  # what the survivors have without matching, as the press left their keys
         normalizer = logits.logsumexp(dim=1, keepdim=True)
-        mass = torch.bmm(old_keys, kept_queries.transpose(1, 2)).sub_(normalizer).exp_()
+        mass = torch.bmm(old_keys, kept_queries.transpose(1, 2)).sub_(normalizer).exp_().add_(MIN_MASS)
         residual = torch.baddbmm(output, mass.transpose(1, 2), kept_values, alpha=-1)
     del logits
 
-    weight, output_norm = query_weights(residual[..., :-1]), torch.linalg.vector_norm(output[..., :-1], dim=-1)
+    # Distances are scaled so that those of values need no factor; the fit does not depend on it.
+    weight = query_weights(residual[..., :-1], 1 / (VALUE_WEIGHT * n_queries * width))
+    output_norm = torch.linalg.vector_norm(output[..., :-1], dim=-1)
     of_eviction = _error(residual, output_norm)
     weighted = queries * weight
     moment, unit = _second_moment(queries, weighted)
 
     value_norm = torch.linalg.vector_norm(values[..., :-1], dim=(1, 2), keepdim=True)
-    value_metric = value_norm.clamp_(min=(MIN_SQUARE * width) ** 0.5).pow_(-2).mul_(scale)
+    value_metric = value_norm.clamp_(min=(MIN_SQUARE * width) ** 0.5).pow_(-2)
+    if counts is not None:
+        value_metric.mul_(on_device((counts.sum(axis=1) / width)[:, None, None].astype(np.float32), rows.device))
     both = rows[..., :-1]
     _add_ridge_(moment, unit, METRIC_RIDGE)
-    target = nearest_rows(both[:, :n_survivors], both[:, n_survivors:], place, moment, value_metric, counts, length)
+    target = nearest_rows(
+        both[:, :n_survivors],
+        both[:, n_survivors:],
+        place,
+        moment,
+        value_metric,
+        counts,
+        length,
+        counts_evicted=counts_evicted,
+    )
     _add_ridge_(moment, unit, key_ridge - METRIC_RIDGE)
 
     # All that is counted to a survivor, added to it: rows weighted by f, and attention.
-    share = all_mass.mean(dim=2, keepdim=True).add_(MIN_SHARE)
+    least, mean = (scalar(number, torch.float32, rows.device) for number in (MIN_SHARE, 1 / n_queries))
+    share = torch.baddbmm(least, all_mass, mean.expand(n_heads, n_queries, 1))
     counted = torch.cat([rows * share, all_mass], dim=-1)
-    to_row = (target + first_rows(n_heads, width, rows.device)).view(-1)
+    to_row = (target + first_rows(n_heads, width - n_survivors, rows.device)).view(-1)
     flat = counted.view(n_heads * width, -1)
     lost = counted[:, n_survivors:].clone(memory_format=torch.contiguous_format)
     add_rows_(flat, to_row, lost.view(len(to_row), -1))
     counted = counted[:, :n_survivors]
     total = counted[..., n_columns - 1 : n_columns]
     matched = counted[..., :n_columns] / (total if counts is None else total.clamp(min=TINY))
-    growth = counted[..., n_columns:].add_(MIN_MASS).div(mass + MIN_MASS).log_()
+    growth = (counted[..., n_columns:] / mass).log_()
 
     if old_keys is not None:
         weighted = kept_queries * weight
         moment, unit = _second_moment(kept_queries, weighted)
         _add_ridge_(moment, unit, key_ridge)
-    inverse = torch.linalg.inv_ex(moment).inverse
-    smoother = torch.bmm(weighted, inverse)
-    shift = torch.bmm(growth, smoother)
+    smoother = torch.bmm(weighted, torch.linalg.inv_ex(moment).inverse)
     if old_keys is None:
-        old_keys = keys[:, :n_survivors]
-        shift.baddbmm_(matched[..., :head_dim] - old_keys, inverse.mul_(unit[..., None]), alpha=key_ridge)
+        # The mean key is a step of the way already; the regression is on what that leaves.
+        new_keys, to_mean = matched[..., :head_dim], matched[..., :head_dim] - keys[:, :n_survivors]
+        left = torch.baddbmm(growth, to_mean, kept_queries.transpose(1, 2), alpha=-1)
+        shift = torch.bmm(left, smoother)
+        torch.add(new_keys, shift, out=new_keys)
+    else:
+        left, shift = growth, torch.bmm(growth, smoother)
+        torch.add(old_keys, shift, out=matched[..., :head_dim])
     # A query's growth as the others would have it: g + (fit - g) / (1 - leverage).
     freedom = (1 - (kept_queries * smoother).sum(dim=-1)).clamp_(min=MIN_FREEDOM)
-    growth.addcdiv_(torch.baddbmm(growth, shift, kept_queries.transpose(1, 2), beta=-1), freedom[:, None])
-    mass = growth.exp_().mul_(mass)
+    misfit = torch.baddbmm(left, shift, kept_queries.transpose(1, 2), beta=-1)
+    mass = growth.addcdiv_(misfit, freedom[:, None]).exp_().mul_(mass)
     of_matching = _error(torch.baddbmm(output, mass.transpose(1, 2), matched[..., head_dim:], alpha=-1), output_norm)
-    torch.add(old_keys, shift, out=matched[..., :head_dim])
     return matched, of_eviction, of_matching, torch.linalg.vector_norm(output_norm, dim=1)
 
 
-def query_weights(residual: torch.Tensor) -> torch.Tensor:
+def query_weights(residual: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """
-    What each query weighs by what it lost: ``(1 + e_r / mean e) / 2``, shape ``(n_heads, n_queries, 1)``.
+    What each query weighs by what it lost: ``scale (1 + e_r / mean e) / 2``, shape ``(n_heads, n_queries, 1)``.
 
     Parameters
     ----------
     residual : torch.Tensor
         What each lost of its output, float32, shape ``(n_heads, n_queries, value_dim)``: ``e_r`` is its squared norm.
+    scale : float
+        A factor for all.
     """
     norm = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
     share = norm / torch.linalg.vector_norm(norm, dim=1, keepdim=True).clamp_(min=TINY)
-    half = scalar(0.5, torch.float32, residual.device)
-    return torch.addcmul(half, share, share, value=residual.shape[1] / 2)
+    half = scalar(scale / 2, torch.float32, residual.device)
+    return torch.addcmul(half, share, share, value=scale / 2 * residual.shape[1])
 
 
 def _error(residual: torch.Tensor, output_norm: torch.Tensor) -> torch.Tensor:

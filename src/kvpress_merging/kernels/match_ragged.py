@@ -13,7 +13,7 @@ import torch
 
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.buckets import Counts, bucket_table, find_buckets, is_padding, on_device
-from kvpress_merging.kernels.match_heads import match_heads
+from kvpress_merging.kernels.match_heads import match_heads, spoil_
 from kvpress_merging.kernels.nearby import block_length
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, first_rows
 
@@ -98,7 +98,7 @@ def match_ragged(
             length=length,
         )
         matched = matched.to(kept_keys.dtype)
-        errors[1].add_(matched.sum(dim=(1, 2), dtype=torch.float32), alpha=0)
+        spoil_(errors[1], matched)
         found.append(errors)
         new_rows.append(matched.flatten(0, 1).index_select(0, on_device(np.flatnonzero(is_kept), device)))
         new_slots.append(slot_table.index_select(0, on_device(slot_columns[is_kept], device)))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kvpress_merging.kernels.buckets import on_device
-from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, first_rows, scalar
+from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, first_rows
 from kvpress_merging.kernels.tiles import first_max
 
 WINDOW = 256
@@ -57,13 +57,14 @@ def nearest_nearby(
     torch.Tensor
         Index of a survivor, int64, shape ``(n_heads, n_evicted)``.
     """
-    return nearest_rows(
+    found = nearest_rows(
         torch.cat([survivor_keys, survivor_values], dim=-1),
         torch.cat([evicted_keys, evicted_values], dim=-1),
         place,
         key_metric,
         value_metric,
     )
+    return found - first_rows(*survivor_keys.shape[:2], place.device)
 
 
 def nearest_rows(
@@ -74,12 +75,16 @@ def nearest_rows(
     value_metric: torch.Tensor,
     counts: np.ndarray | None = None,
     length: int | None = None,
+    *,
+    counts_evicted: bool = False,
 ) -> torch.Tensor:
     """
     :func:`nearest_nearby`, with each position's key and value side by side in one row.
 
     Where heads are padded, ``counts``, shape ``(n_heads, 2)``, says how many of their survivors and evicted positions
-    are real, and ``length`` how many evicted positions share a window.
+    are real, and ``length`` how many evicted positions share a window. With ``counts_evicted``, ``place`` says how many
+    positions stand before each evicted one, evicted or not. The index that comes out is one into the survivors of all
+    heads laid end to end.
     """
     (n_heads, n_survivors, n_channels), n_evicted, device = survivors.shape, evicted.shape[1], place.device
     # The distance of x to y is smallest where x^T M y - y^T M y / 2 is largest.
@@ -93,7 +98,7 @@ def nearest_rows(
         square.masked_fill_(is_nothing[..., None], torch.inf)
     if n_survivors <= WINDOW:
         products = torch.baddbmm(square, measured, evicted.transpose(1, 2), beta=-0.5)
-        return first_max(products, n_survivors)[1].squeeze(1)
+        return first_max(products, n_survivors)[1].squeeze(1) + first_rows(n_heads, n_survivors, device)
 
     length = length or block_length(n_survivors, n_evicted)
     n_blocks, n_missing = -(-n_evicted // length), -n_evicted % length
@@ -101,12 +106,13 @@ def nearest_rows(
     sizes = np.array([[n_survivors, n_evicted]]) if counts is None else counts
     first = np.arange(n_blocks) * length
     middle = np.minimum(first + np.clip(sizes[:, 1:] - first, 0, length) // 2, n_evicted - 1)
-    max_start = on_device(np.maximum(sizes[:, :1] - WINDOW, 0), device)
-    start = place.gather(1, on_device(middle, device).expand(n_heads, -1)).sub_(WINDOW // 2)
-    start.clamp_(scalar(0, torch.int64, device), max_start)
+    head_start = np.arange(n_heads)[:, None] * n_survivors
+    before_window = WINDOW // 2 - head_start + (middle if counts_evicted else 0)
+    last_start = head_start + np.maximum(sizes[:, :1] - WINDOW, 0)
+    start = place.gather(1, on_device(middle, device).expand(n_heads, -1)).sub_(on_device(before_window, device))
+    start.clamp_(first_rows(n_heads, n_survivors, device), on_device(last_start, device))
     evicted = F.pad(evicted, (0, 0, 0, n_missing)) if n_missing else evicted.contiguous()
     blocks = evicted.unflatten(1, (n_blocks, length))
-    flat_start = start + first_rows(n_heads, n_survivors, device)
     near = first_rows(WINDOW, 1, device).view(-1)
     bytes_per_block, max_bytes = 4 * WINDOW * (n_channels + length), block_bytes(device)
     if n_blocks * bytes_per_block <= max_bytes // 8:  # many short contexts are searched in one go
@@ -115,7 +121,7 @@ def nearest_rows(
     target = []
     for i in range(0, n_blocks, at_once):
         block = slice(i, i + at_once)
-        window = (flat_start[:, block, None] + near).view(-1)
+        window = (start[:, block, None] + near).view(-1)
         products = torch.baddbmm(
             square.view(-1, 1).index_select(0, window).view(-1, WINDOW, 1),
             measured.view(-1, n_channels).index_select(0, window).view(-1, WINDOW, n_channels),
