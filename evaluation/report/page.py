@@ -155,14 +155,8 @@ def draw(benchmark: Benchmark, styles: Styles) -> list[Plot]:
     time_label = f"seconds {'of a prefill' if is_fidelity else 'per sample'}, median"
     rows = benchmark.table[(benchmark.table["metric"] == metric) & (benchmark.table["task"] != ALL_TASKS)]
     plots = []
-    # RULER's picture: the mean of many tasks.
-    panels = runs[0].config["dataset"] in ("ruler", "ruler-synthetic")
-    if figure := _against_ratio(runs, scores, styles, name_and_arrow, references, panels=panels):
-        title = (
-            "Mean of the tasks against compression ratio, with 95 % intervals"
-            if panels
-            else "Scores against compression ratio"
-        )
+    if figure := _against_ratio(runs, scores, styles, name_and_arrow, references, panels=True):
+        title = "Mean of the tasks against compression ratio, with 95 % intervals"
         plots.append(Plot(f"{benchmark.slug}-scores", title, figure))
     if figure := _against_ratio(runs, seconds, styles, time_label):
         plots.append(Plot(f"{benchmark.slug}-times", "Times against compression ratio", figure))
