@@ -4,9 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -21,17 +18,3 @@ import torch
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each kind of device in turn."""
     return torch.device(request.param)
-
-
-@contextmanager
-def nothing_read_back(device: torch.device) -> Iterator[None]:
-    """Within it, waiting for a GPU is an error. Tensors on ``meta`` have nothing to read."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)

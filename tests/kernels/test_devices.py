@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import nothing_read_back
 from kernel_cases import Layer, random_layer, random_rows
 
 from kvpress_merging.eviction import Eviction
@@ -16,6 +17,20 @@ from kvpress_merging.kernels.blend import cosine_blend
 from kvpress_merging.kernels.match import attention_match
 
 KINDS = ("shrunk", "masked", "ragged")
+
+
+@contextmanager
+def nothing_read_back(device: torch.device) -> Iterator[None]:
+    """Within it, waiting for a GPU is an error. Tensors on ``meta`` have nothing to read."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def on(layer: Layer, device: torch.device) -> Layer:
