@@ -10,7 +10,6 @@ So the positions that a press kept can be read off what it returns, whatever its
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeGuard
 
@@ -35,6 +34,8 @@ _BY_DIM = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis"
 _BY_DIM |= {"narrow", "select", "split", "split_with_sizes", "chunk", "tensor_split", "unbind"}
 _INDEXING = {"gather", "take_along_dim", "index_select", "repeat_interleave"}
 _JOINING = {"cat", "concat", "concatenate", "stack"}
+# Where an index keeps the copy of it, with its version.
+_COPY = "_kvpress_merging_copy"
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -94,29 +95,19 @@ class TracedTensor(torch.Tensor):
             return _follow(name, func, args, kwargs, out)
 
 
-class _Copies:
-    """The positions in an index that a press gathers by, copied, since it may change them: once for keys and values."""
+def _copied(index: torch.Tensor) -> torch.Tensor:
+    """
+    The positions in an index that a press gathers by: a copy, since it may change them, one for keys and values.
 
-    def __init__(self) -> None:
-        self._last: tuple[weakref.ref[torch.Tensor], int, torch.Tensor] | None = None
-
-    def of(self, index: torch.Tensor) -> torch.Tensor:
-        """One for each row, shape ``(..., 1)``. Not to be written."""
-        if index.is_inference():  # which does not tell when it has been written
-            return index[..., :1].clone()
-        last = self._last
-        if last is None or last[0]() is not index or last[1] != index._version:
-            last = (weakref.ref(index, self._forget), index._version, index[..., :1].clone())
-            self._last = last
-        return last[2]
-
-    def _forget(self, index: weakref.ref[torch.Tensor]) -> None:
-        last = self._last
-        if last is not None and last[0] is index:
-            self._last = None
-
-
-_COPIES = _Copies()
+    One for each row, shape ``(..., 1)``. Not to be written.
+    """
+    if index.is_inference():  # which does not tell when it has been written
+        return index[..., :1].clone()
+    version, rows = getattr(index, _COPY, (None, None))
+    if rows is None or version != index._version:
+        rows = index[..., :1].clone()
+        setattr(index, _COPY, (index._version, rows))
+    return rows
 
 
 def trace(tensor: torch.Tensor) -> TracedTensor:
@@ -269,7 +260,7 @@ def _follow_index(name: str, source: TracedTensor, args: Args, kwargs: Kwargs, o
         if not is_one_row or out.shape[-1] != source.shape[-1]:
             return _to_plain(out)
         if name == "gather" and source._is_whole and dim in (2, -2):
-            rows = _COPIES.of(index)  # the index of a position is the position
+            rows = _copied(index)  # the index of a position is the position
         else:
             rows = parent().expand(*source.shape[:-1], 1)
             rows = rows.gather(dim, head) if name == "gather" else rows.take_along_dim(head, dim=dim)
