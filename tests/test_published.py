@@ -36,6 +36,8 @@ PRESSES = {
     "streaming_llm": "StreamingLLM",
     "kvzip": "KVzip",
 }
+MEASURED = tuple(press for press in PRESSES if press not in ("kvzip", "streaming_llm"))
+"""Presses whose retrieval was measured."""
 KINDS = ("merged", "matching")
 LEAST_LOSS = 0.05
 """Nats a token that eviction has to cost before a share of it means anything."""
@@ -91,7 +93,7 @@ def advice_row(press: str) -> str:
     levels = KVZIP_LEVELS if press == "kvzip" else LEVELS
     text = " / ".join(shares(press, kind, levels, "qwen2.5-coder-0.5b") for kind in KINDS)
     ruler = ""
-    if press in ("knorm", "expected_attention_head", "keydiff", "snapkv", "adakv_snapkv", "tova"):
+    if press in MEASURED:
         ruler = " / ".join(won_back("ruler-4096", press, kind, LEVELS) for kind in KINDS)
     return f"| {PRESSES[press]} | {ruler or 'not measured'} | {text} |"
 
@@ -147,7 +149,6 @@ def prefill_row(press: str) -> str:
     return f"| {PRESSES[press]} | {row['overhead']['merged']:+.0%} | {row['overhead']['matched']:+.0%} |"
 
 
-MEASURED = tuple(press for press in PRESSES if press not in ("kvzip", "streaming_llm"))
 ROWS = [
     *(("README.md", functools.partial(advice_row, press)) for press in PRESSES),
     *(("docs/method.md", functools.partial(text_row, press, model)) for model in MODELS for press in PRESSES),
