@@ -74,7 +74,9 @@ def read_answers(
     model: PreTrainedModel, cache: Cache, question_ids: torch.Tensor, references: Sequence[torch.Tensor], start: int
 ) -> list[ReadAnswer]:
     """
-    Read each reference answer after a question, in one forward pass over a cache that is left as it was.
+    Read each reference answer after a question, over a cache that is left as it was.
+
+    One answer is read with its question in one forward pass; of several, the question is read once for all.
 
     What a press masked stays hidden (``module.masked_key_indices``), and the masks and the keys behind them are as
     before too.
@@ -97,16 +99,26 @@ def read_answers(
     list of ReadAnswer
         One for each reference, on the model's device.
     """
-    readings = []
-    for reference in references:
-        token_ids = reference.to(question_ids.device)
-        text_ids = torch.cat([question_ids[0], token_ids])[None]
-        with left_as_it_was(cache), torch.no_grad():
-            logits = read_continuation(model, text_ids, cache, start, logits_to_keep=len(token_ids) + 1)
-        # The last place tells what follows the answer.
-        log_probs = torch.log_softmax(logits[0, :-1].float(), dim=-1)
-        readings.append(ReadAnswer(token_ids.to(log_probs.device), log_probs))
-    return readings
+    if len(references) == 1:
+        return [_read_answer(model, cache, question_ids, references[0], start)]
+    # Its last token is read with each, since it tells what comes first.
+    start_of_answer = start + question_ids.shape[1] - 1
+    with left_as_it_was(cache), torch.no_grad():
+        if question_ids.shape[1] > 1:
+            read_continuation(model, question_ids[:, :-1], cache, start, logits_to_keep=1)
+        return [_read_answer(model, cache, question_ids[:, -1:], reference, start_of_answer) for reference in references]
+
+
+def _read_answer(
+    model: PreTrainedModel, cache: Cache, question_ids: torch.Tensor, reference: torch.Tensor, start: int
+) -> ReadAnswer:
+    token_ids = reference.to(question_ids.device)
+    text_ids = torch.cat([question_ids[0], token_ids])[None]
+    with left_as_it_was(cache), torch.no_grad():
+        logits = read_continuation(model, text_ids, cache, start, logits_to_keep=len(token_ids) + 1)
+    # The last place tells what follows the answer.
+    log_probs = torch.log_softmax(logits[0, :-1].float(), dim=-1)
+    return ReadAnswer(token_ids.to(log_probs.device), log_probs)
 
 
 def encode_references(

@@ -106,7 +106,7 @@ PRESSES = {
 
 
 @pytest.mark.parametrize("make", PRESSES.values(), ids=PRESSES)
-def test_an_answer_is_read_in_one_pass_as_kvpress_would_decode_it_token_by_token(make, model):
+def test_an_answer_is_read_as_kvpress_would_decode_it_token_by_token(make, model):
     readings = read_answers(model, prefill(model, make()), QUESTION_IDS, REFERENCES, CONTEXT_IDS.shape[1])
     for reference, reading in zip(REFERENCES, readings):
         cache = prefill(model, make())
@@ -120,6 +120,20 @@ def test_an_answer_is_read_in_one_pass_as_kvpress_would_decode_it_token_by_token
         torch.testing.assert_close(reading.log_probs.double(), expected, rtol=1e-4, atol=1e-4)
         assert reading.log_probs.dtype == torch.float32
         assert torch.equal(reading.token_ids, reference)
+
+
+def test_a_question_is_read_once_for_all_its_answers(model):
+    lengths = []
+    with model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    ):
+        read_answers(model, prefill(model), QUESTION_IDS, REFERENCES[:1], CONTEXT_IDS.shape[1])
+        read_answers(model, prefill(model), QUESTION_IDS[:, :1], REFERENCES[:2], CONTEXT_IDS.shape[1])
+        prefills = [CONTEXT_IDS.shape[1]]
+        assert lengths == [*prefills, 7 + 3, *prefills, 1 + 3, 1 + 1]
+        lengths.clear()
+        read_answers(model, prefill(model), QUESTION_IDS, REFERENCES, CONTEXT_IDS.shape[1])
+        assert lengths == [*prefills, 7 - 1, 1 + 3, 1 + 1, 1 + 5]
 
 
 @pytest.mark.parametrize("make", PRESSES.values(), ids=PRESSES)
