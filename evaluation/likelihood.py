@@ -106,7 +106,9 @@ def read_answers(
     with left_as_it_was(cache), torch.no_grad():
         if question_ids.shape[1] > 1:
             read_continuation(model, question_ids[:, :-1], cache, start, logits_to_keep=1)
-        return [_read_answer(model, cache, question_ids[:, -1:], reference, start_of_answer) for reference in references]
+        return [
+            _read_answer(model, cache, question_ids[:, -1:], reference, start_of_answer) for reference in references
+        ]
 
 
 def _read_answer(

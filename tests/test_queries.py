@@ -9,7 +9,7 @@ from tiny import FAMILIES, tiny_model
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvpress_merging.queries import prerope_queries, reference_positions, rotate
+from kvpress_merging.queries import prerope_queries, query_scaling, reference_positions, rotate
 
 
 def watch(model, input_ids):
@@ -62,7 +62,7 @@ def test_reference_queries_are_those_that_the_layer_asks(family, bsz, monkeypatc
         assert queries.shape == (bsz, asked.shape[1], len(positions), module.head_dim)
         assert queries.dtype == torch.float32
         for n, position in enumerate(positions.tolist()):
-            rotated = rotate(queries[:, :, n : n + 1], cos[:, position], sin[:, position])
+            rotated = rotate(queries[:, :, n : n + 1], cos[:, position], sin[:, position], query_scaling(module))
             torch.testing.assert_close(
                 rotated[:, :, 0], asked[:, :, n % module.num_key_value_groups, position], rtol=1e-4, atol=1e-5
             )
@@ -72,7 +72,7 @@ def test_part_of_a_head_is_rotated_where_the_model_rotates_part():
     queries = torch.randn(1, 2, 3, 8)
     angle = torch.randn(1, 2)
     cos, sin = torch.cat([angle.cos()] * 2, dim=-1), torch.cat([angle.sin()] * 2, dim=-1)
-    rotated = rotate(queries, cos, sin)
+    rotated = rotate(queries, cos, sin, 0.5) * 2
     assert torch.equal(rotated[..., 4:], queries[..., 4:])
     turned = torch.view_as_complex(torch.stack([queries[..., :2], queries[..., 2:4]], dim=-1)) * torch.exp(1j * angle)
     torch.testing.assert_close(rotated[..., :2], turned.real)

@@ -17,10 +17,10 @@ from kvpress_merging.eviction import Eviction
 from kvpress_merging.following.model import layer_index
 from kvpress_merging.kernels.match import Match, attention_match
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
-from kvpress_merging.queries import prerope_queries, reference_positions, rotate
+from kvpress_merging.queries import prerope_queries, query_scaling, reference_positions, rotate
 
-Rotation: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-"""Cosines and sines of one position, each of shape ``(bsz or 1, rotary_dim)``."""
+Rotation: TypeAlias = tuple[torch.Tensor, torch.Tensor, float]
+"""Cosines and sines of one position, each of shape ``(bsz or 1, rotary_dim)``, and the layer's scaling of queries."""
 
 # Tokens seen after the prefill whose queries join those of the context when a press evicts while decoding.
 _MAX_RECENT = 64
@@ -185,8 +185,8 @@ class AttentionMatchingPress(MergeOnEvictPress):
 
 
 def _of_row(rotation: Rotation, one: slice) -> Rotation:
-    cos, sin = (part if part.shape[0] == 1 else part[one] for part in rotation)
-    return cos, sin
+    cos, sin = (part if part.shape[0] == 1 else part[one] for part in rotation[:2])
+    return cos, sin, rotation[2]
 
 
 def _rotation_at(module: nn.Module, kwargs: dict[str, Any], position: int) -> Rotation:
@@ -197,4 +197,4 @@ def _rotation_at(module: nn.Module, kwargs: dict[str, Any], position: int) -> Ro
             "where the context ends: AttentionMatchingPress needs a model with rotary embeddings"
         )
     cos, sin = kwargs["position_embeddings"]
-    return cos[:, position], sin[:, position]
+    return cos[:, position], sin[:, position], query_scaling(module)

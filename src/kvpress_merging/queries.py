@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from kvpress_merging.kernels.rows import scalar
+
 # Positions are the n equal steps of (0, 1) raised to this power, times the length: denser towards the end, whose
 # queries are most like those that will be asked.
 _CROWDING = 2 / 3
@@ -48,8 +50,7 @@ def prerope_queries(module: nn.Module, hidden_states: torch.Tensor) -> torch.Ten
     Returns
     -------
     torch.Tensor
-        float32, shape ``(bsz, num_key_value_heads, n, head_dim)``, times the layer's ``scaling``: their products with
-        keys are attention logits.
+        float32, shape ``(bsz, num_key_value_heads, n, head_dim)``, not scaled.
 
     Raises
     ------
@@ -71,8 +72,7 @@ def prerope_queries(module: nn.Module, hidden_states: torch.Tensor) -> torch.Ten
     queries = queries.gather(3, turn.expand(bsz, -1, queries.shape[2], 1, head_dim)).squeeze(3)
     if hasattr(module, "q_norm"):
         queries = module.q_norm(queries)  # type: ignore[operator]
-    scaling = getattr(module, "scaling", head_dim**-0.5)
-    return queries.transpose(1, 2).float() * scaling
+    return queries.transpose(1, 2).float()
 
 
 @lru_cache(maxsize=32)
@@ -81,16 +81,23 @@ def _turns(n: int, n_groups: int, device: torch.device) -> torch.Tensor:
     return torch.arange(n, device=device) % n_groups
 
 
-def rotate(queries: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """
-    RoPE: queries as they are when asked at another position.
+def query_scaling(module: nn.Module) -> float:
+    """What a layer multiplies products of queries and keys by: they are attention logits then."""
+    return float(getattr(module, "scaling", int(module.head_dim) ** -0.5))  # type: ignore[arg-type]
 
-    ``queries`` have the shape ``(bsz, num_key_value_heads, n, head_dim)``; ``cos`` and ``sin`` are those of that
-    position, ``(bsz or 1, rotary_dim)``. Where ``rotary_dim`` is less than ``head_dim`` the rest is not rotated.
+
+def rotate(queries: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scaling: float) -> torch.Tensor:
+    """
+    RoPE: queries as they are when asked at another position, times ``scaling``.
+
+    ``queries``, float32, have the shape ``(bsz, num_key_value_heads, n, head_dim)``; ``cos`` and ``sin`` are those of
+    that position, ``(bsz or 1, rotary_dim)``. Where ``rotary_dim`` is less than ``head_dim`` the rest is not rotated.
     """
     rotary_dim = cos.shape[-1]
     turned, rest = queries[..., :rotary_dim], queries[..., rotary_dim:]
     first, second = turned.chunk(2, dim=-1)
     cos, sin = cos.float()[:, None, None], sin.float()[:, None, None]
-    turned = torch.cat([-second, first], dim=-1).mul_(sin).addcmul_(turned, cos)
-    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    rotated = torch.addcmul(scalar(0.0, torch.float32, queries.device), turned, cos, value=scaling)
+    for half, other, its_sin, sign in zip(rotated.chunk(2, dim=-1), (second, first), sin.chunk(2, dim=-1), (-1, 1)):
+        half.addcmul_(other, its_sin, value=sign * scaling)
+    return torch.cat([rotated, rest * scaling], dim=-1) if rest.shape[-1] else rotated

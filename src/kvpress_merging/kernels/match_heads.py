@@ -12,7 +12,7 @@ import torch
 
 from kvpress_merging.kernels.buckets import is_padding, on_device
 from kvpress_merging.kernels.nearby import nearest_rows
-from kvpress_merging.kernels.rows import add_rows_, first_rows, scalar
+from kvpress_merging.kernels.rows import add_rows_, first_rows, identity, scalar
 
 # Attention below this share is nothing: no key is asked to attract more than the reciprocal of it times its own.
 MIN_MASS = 1e-20
@@ -194,12 +194,12 @@ def match_heads(
     # All that is counted to a survivor, added to it: rows weighted by f, and attention.
     least, mean = (scalar(number, torch.float32, rows.device) for number in (MIN_SHARE, 1 / n_queries))
     share = torch.baddbmm(least, all_mass, mean.expand(n_heads, n_queries, 1))
-    counted = torch.cat([rows * share, all_mass], dim=-1)
-    to_row = (target + first_rows(n_heads, width - n_survivors, rows.device)).view(-1)
-    flat = counted.view(n_heads * width, -1)
-    lost = counted[:, n_survivors:].clone(memory_format=torch.contiguous_format)
-    add_rows_(flat, to_row, lost.view(len(to_row), -1))
-    counted = counted[:, :n_survivors]
+    weighted_rows = rows * share
+    counted, lost = (
+        torch.cat([weighted_rows[:, some], all_mass[:, some]], dim=-1)
+        for some in (slice(n_survivors), slice(n_survivors, None))
+    )
+    add_rows_(counted.flatten(0, 1), target.flatten(), lost.flatten(0, 1))
     total = counted[..., n_columns - 1 : n_columns]
     matched = counted[..., :n_columns] / (total if counts is None else total.clamp(min=TINY))
     growth = (counted[..., n_columns:] / mass).log_()
@@ -209,19 +209,20 @@ def match_heads(
         moment, unit = _second_moment(kept_queries, weighted)
         _add_ridge_(moment, unit, key_ridge)
     smoother = torch.bmm(weighted, torch.linalg.inv_ex(moment).inverse)
+    # A fit of g is g S as a key and g S Q^T as logits, so I - S Q^T makes of g what the fit leaves.
+    leaves = torch.baddbmm(identity(n_queries, rows.device), smoother, kept_queries.transpose(1, 2), alpha=-1)
+    new_keys = matched[..., :head_dim]
     if old_keys is None:
         # The mean key is a step of the way already; the regression is on what that leaves.
-        new_keys, to_mean = matched[..., :head_dim], matched[..., :head_dim] - keys[:, :n_survivors]
+        to_mean = new_keys - keys[:, :n_survivors]
         left = torch.baddbmm(growth, to_mean, kept_queries.transpose(1, 2), alpha=-1)
-        shift = torch.bmm(left, smoother)
-        torch.add(new_keys, shift, out=new_keys)
+        new_keys.baddbmm_(left, smoother)
     else:
-        left, shift = growth, torch.bmm(growth, smoother)
-        torch.add(old_keys, shift, out=matched[..., :head_dim])
+        left = growth
+        torch.baddbmm(old_keys, left, smoother, out=new_keys)
     # A query's growth as the others would have it: g + (fit - g) / (1 - leverage).
-    freedom = (1 - (kept_queries * smoother).sum(dim=-1)).clamp_(min=MIN_FREEDOM)
-    misfit = torch.baddbmm(left, shift, kept_queries.transpose(1, 2), beta=-1)
-    mass = growth.addcdiv_(misfit, freedom[:, None]).exp_().mul_(mass)
+    freedom = leaves.diagonal(dim1=1, dim2=2).clamp(min=MIN_FREEDOM)
+    mass = growth.addcdiv_(torch.bmm(left, leaves), freedom[:, None], value=-1).exp_().mul_(mass)
     of_matching = _error(torch.baddbmm(output, mass.transpose(1, 2), matched[..., head_dim:], alpha=-1), output_norm)
     return matched, of_eviction, of_matching, torch.linalg.vector_norm(output_norm, dim=1)
 
