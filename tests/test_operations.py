@@ -11,8 +11,8 @@ from evaluation.speed.operations import operations_per_layer
 MAX_OPERATIONS = {
     ("merging", "even"): 39,
     ("merging", "ragged"): 55,
-    ("matching", "even"): 80,
-    ("matching", "ragged"): 107,
+    ("matching", "even"): 78,
+    ("matching", "ragged"): 105,
 }
 
 

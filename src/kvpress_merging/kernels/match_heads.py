@@ -12,7 +12,7 @@ import torch
 
 from kvpress_merging.kernels.buckets import is_padding, on_device
 from kvpress_merging.kernels.nearby import nearest_rows
-from kvpress_merging.kernels.rows import add_rows_, first_rows, identity, scalar
+from kvpress_merging.kernels.rows import add_rows_, first_rows, scalar
 
 # Attention below this share is nothing: no key is asked to attract more than the reciprocal of it times its own.
 MIN_MASS = 1e-20
@@ -25,8 +25,6 @@ METRIC_RIDGE = 1.0
 # In means, each position counts as if it had this share of the attention on top of its own: what no reference query
 # looks at may be what is asked for later.
 MIN_SHARE = 1e-3
-# No query is taken to decide its own fit by more than all but this: it bounds what leaving it out divides by.
-MIN_FREEDOM = 1e-3
 TINY = torch.finfo(torch.float32).tiny
 # Values whose mean square is less are nothing to tell positions by; a weight of its reciprocal does not overflow.
 MIN_SQUARE = 1e-30
@@ -56,7 +54,7 @@ def match_block(
     keys_rewritten, key_ridge
         See :func:`kvpress_merging.kernels.match.attention_match`.
     max_error : float
-        Share of eviction's squared error that matching may leave for a head to take it.
+        Squared error over the reference queries, relative to the output's square, below which a head takes the fit.
 
     Returns
     -------
@@ -81,12 +79,12 @@ def match_block(
     )
     matched = matched.to(kept_keys.dtype)
     spoil_(of_matching, matched)
-    is_better = of_matching < sqrt(max_error) * of_eviction
+    is_fitted = of_matching < sqrt(max_error) * output_norm
     new = []
     for kept, columns in ((kept_keys, slice(0, head_dim)), (kept_values, slice(head_dim, head_dim + value_dim))):
         changed = kept.reshape(n_heads * n_slots, -1).index_copy(0, slot, matched[..., columns].flatten(0, 1))
-        new.append(torch.where(is_better[:, None, None], changed.view(kept.shape), kept))
-    return *new, is_better, of_eviction, of_matching, output_norm
+        new.append(torch.where(is_fitted[:, None, None], changed.view(kept.shape), kept))
+    return *new, is_fitted, of_eviction, of_matching, output_norm
 
 
 def spoil_(of_matching: torch.Tensor, matched: torch.Tensor) -> None:
@@ -209,20 +207,15 @@ def match_heads(
         moment, unit = _second_moment(kept_queries, weighted)
         _add_ridge_(moment, unit, key_ridge)
     smoother = torch.bmm(weighted, torch.linalg.inv_ex(moment).inverse)
-    # A fit of g is g S as a key and g S Q^T as logits, so I - S Q^T makes of g what the fit leaves.
-    leaves = torch.baddbmm(identity(n_queries, rows.device), smoother, kept_queries.transpose(1, 2), alpha=-1)
+    old = keys[:, :n_survivors] if old_keys is None else old_keys
     new_keys = matched[..., :head_dim]
     if old_keys is None:
         # The mean key is a step of the way already; the regression is on what that leaves.
-        to_mean = new_keys - keys[:, :n_survivors]
-        left = torch.baddbmm(growth, to_mean, kept_queries.transpose(1, 2), alpha=-1)
-        new_keys.baddbmm_(left, smoother)
+        growth.baddbmm_(new_keys - old, kept_queries.transpose(1, 2), alpha=-1)
+        new_keys.baddbmm_(growth, smoother)
     else:
-        left = growth
-        torch.baddbmm(old_keys, left, smoother, out=new_keys)
-    # A query's growth as the others would have it: g + (fit - g) / (1 - leverage).
-    freedom = leaves.diagonal(dim1=1, dim2=2).clamp(min=MIN_FREEDOM)
-    mass = growth.addcdiv_(torch.bmm(left, leaves), freedom[:, None], value=-1).exp_().mul_(mass)
+        torch.baddbmm(old, growth, smoother, out=new_keys)
+    mass = torch.bmm(new_keys - old, kept_queries.transpose(1, 2)).exp_().mul_(mass)
     of_matching = _error(torch.baddbmm(output, mass.transpose(1, 2), matched[..., head_dim:], alpha=-1), output_norm)
     return matched, of_eviction, of_matching, torch.linalg.vector_norm(output_norm, dim=1)
 

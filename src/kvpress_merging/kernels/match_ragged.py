@@ -113,13 +113,13 @@ def match_ragged(
         torch.cat([*parts, nothing]).index_select(0, where_found)
         for parts in (list(part) for part in (zip(*found) if found else ((), (), ())))
     )
-    is_better = of_matching < sqrt(max_error) * of_eviction
+    is_fitted = of_matching < sqrt(max_error) * output_norm
     if not found:
-        return kept_keys.clone(), kept_values.clone(), is_better, of_eviction, of_matching, output_norm
+        return kept_keys.clone(), kept_values.clone(), is_fitted, of_eviction, of_matching, output_norm
     changed_rows = new_rows[0] if len(new_rows) == 1 else torch.cat(new_rows)
     slots = new_slots[0] if len(new_slots) == 1 else torch.cat(new_slots)
     new = []
     for kept, columns_of in ((kept_keys, slice(0, head_dim)), (kept_values, slice(head_dim, head_dim + value_dim))):
         changed = kept.reshape(n_heads * n_slots, -1).index_copy(0, slots, changed_rows[:, columns_of])
-        new.append(torch.where(is_better[:, None, None], changed.view(kept.shape), kept))
-    return *new, is_better, of_eviction, of_matching, output_norm
+        new.append(torch.where(is_fitted[:, None, None], changed.view(kept.shape), kept))
+    return *new, is_fitted, of_eviction, of_matching, output_norm

@@ -73,12 +73,6 @@ def scalar(value: float, dtype: torch.dtype, device: torch.device) -> torch.Tens
     return torch.full((), value, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=64)
-def identity(n: int, device: torch.device) -> torch.Tensor:
-    """The identity, float32, shape ``(n, n)``, made once. Not to be written."""
-    return torch.eye(n, device=device)
-
-
 def flat_rows(positions: torch.Tensor, n_rows: int) -> torch.Tensor:
     """Positions in ``n_heads`` heads, int64, shape ``(n_heads, n)``, as a list of rows of all heads laid end to end."""
     return (positions + first_rows(len(positions), n_rows, positions.device)).view(-1)
