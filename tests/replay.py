@@ -59,7 +59,7 @@ def input_ids_for(case: Case, bsz: int = 1, length: int = N_CONTEXT) -> torch.Te
 
 
 def max_error_left(share: float) -> AbstractContextManager:
-    """Have heads take fits that leave less than this of eviction's error: with 0 none, with infinity any."""
+    """Have heads take fits whose squared error, relative to the output's, is less: with 0 none, with infinity any."""
     return mock.patch.object(match_module, "_MAX_ERROR", share)
 
 

@@ -15,7 +15,6 @@ import sys
 import torch
 import torch.distributed as dist
 from kvpress import KeyDiffPress, KnormPress, StreamingLLMPress
-from replay import max_error_left
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
@@ -52,8 +51,7 @@ def main(checkpoint: str, out: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, tp_plan="auto").eval()
     results: dict = {"rows of q_proj": model.model.layers[0].self_attn.q_proj.weight.shape[0]}
     for name, make in PRESSES.items():
-        with max_error_left(1):
-            layers, report = prefill(model, make())
+        layers, report = prefill(model, make())
         results[name] = [tuple(gathered(part) for part in layer) for layer in layers], report
     if dist.get_rank() == 0:
         torch.save(results, out)

@@ -4,7 +4,6 @@
 
 import copy
 import dataclasses
-import math
 import pickle
 
 import pytest
@@ -209,7 +208,7 @@ def test_the_cache_holds_what_the_naive_form_makes_of_what_the_press_did(name, l
     matched = run(model, press, input_ids)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in attention_modules(model))
     heads, heads_fitted = heads_of(press.report)
-    assert heads_fitted >= 0.25 * heads > 0  # random layers have less in common than those of a text
+    assert heads >= heads_fitted > heads // 2
     for layer_idx, (layer_full, layer_bare, layer) in enumerate(zip(full, bare, matched, strict=True)):
         assert torch.equal(layer.is_masked, layer_bare.is_masked)
         assert (layer.keys.shape, layer.keys.dtype) == (layer_bare.keys.shape, layer_bare.keys.dtype)
@@ -221,12 +220,9 @@ def test_the_cache_holds_what_the_naive_form_makes_of_what_the_press_did(name, l
         n_seen_since = 64 if name.startswith("KVCompose") else 0  # of the replay that it makes of the context
         assert (given[layer_idx].queries.shape[2], given[layer_idx].key_ridge) == (48 + n_seen_since, 0.2)
         expected, is_fitted = given[layer_idx].naive(), given[layer_idx].match.is_fitted
-        # A head that is about as good either way may go either way.
-        margin = (0.8 * expected.error_before - expected.error_after).abs()
-        assert margin[is_fitted != expected.is_fitted].lt(1e-2).all()
-        is_sure = is_fitted == expected.is_fitted
-        torch.testing.assert_close(layer.keys[is_sure], expected.keys[is_sure], rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(layer.values[is_sure], expected.values[is_sure], rtol=1e-3, atol=1e-3)
+        assert torch.equal(is_fitted, expected.is_fitted)
+        torch.testing.assert_close(layer.keys, expected.keys, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(layer.values, expected.values, rtol=1e-3, atol=1e-3)
         for ours, theirs in ((layer.keys, layer_bare.keys), (layer.values, layer_bare.values)):
             assert torch.equal(ours[layer.is_masked], theirs[layer.is_masked])
 
@@ -268,8 +264,7 @@ def test_pruned_channels_stay_pruned(llama):
         return ComposedPress([KnormPress(0.5), ThinKPress(0.5)])
 
     bare = run(llama, make(), input_ids_for(CASES["Knorm"]))
-    with max_error_left(math.inf):
-        fitted = run(llama, AttentionMatchingPress(make()), input_ids_for(CASES["Knorm"]))
+    fitted = run(llama, AttentionMatchingPress(make()), input_ids_for(CASES["Knorm"]))
     for layer_bare, layer in zip(bare, fitted):
         is_pruned = (layer_bare.keys == 0).all(dim=2)
         assert is_pruned.sum(dim=-1).eq(layer_bare.keys.shape[-1] // 2).all()
@@ -286,8 +281,7 @@ def test_every_family_is_fitted(family, attn_implementation):
     press = AttentionMatchingPress(KnormPress(0.5))
     input_ids = input_ids_for(CASES["Knorm"], bsz=2)
     bare = run(model, KnormPress(0.5), input_ids)
-    with max_error_left(math.inf):
-        fitted = run(model, press, input_ids)
+    fitted = run(model, press, input_ids)
     assert press.report.to_dict()
     for module, layer_bare, layer in zip(attention_modules(model), bare, fitted):
         is_left_alone = family == "gemma3" and getattr(module, "is_sliding", False)

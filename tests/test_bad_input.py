@@ -15,8 +15,6 @@ from transformers import DynamicCache
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
 
-pytestmark = pytest.mark.usefixtures("any_gain_will_do")
-
 N_CONTEXT = 64
 PRESSES = {"merging": MergingPress, "matching": AttentionMatchingPress}
 

@@ -26,8 +26,6 @@ from kvpress_merging import AttentionMatchingPress, MergingPress
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels import match as match_module
 
-pytestmark = pytest.mark.usefixtures("any_gain_will_do")
-
 N_CONTEXT = 64
 PRESSES = {"merging": MergingPress, "matching": AttentionMatchingPress}
 

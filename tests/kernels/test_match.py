@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 @pytest.fixture
 def whatever_its_error(monkeypatch):
-    """Have heads take the fit also where it gains nothing, as on random layers that have little in common."""
+    """Have heads take any fit that is finite."""
     monkeypatch.setattr(match_module, "_MAX_ERROR", math.inf)
 
 
@@ -63,8 +63,7 @@ def assert_same(actual: Match, expected: Match, dtype: torch.dtype) -> None:
     assert actual.is_fitted.dtype == torch.bool
     # A head that is about as good either way may go either way.
     differs = actual.is_fitted != expected.is_fitted
-    margin = 0.8 * expected.error_before - expected.error_after
-    assert margin.abs()[differs].lt(1e-2 * expected.error_before[differs]).all()
+    assert (match_module._MAX_ERROR - expected.error_after).abs()[differs].lt(1e-2).all()
     for ours, theirs in ((actual.keys, expected.keys), (actual.values, expected.values)):
         assert ours.dtype == dtype
         assert ours.shape == theirs.shape
@@ -97,15 +96,17 @@ def test_parameters_and_numbers_of_queries(n_queries, options):
 
 
 @pytest.mark.parametrize("kind", ["shrunk", "masked", "ragged"])
-def test_heads_take_the_fits_that_the_naive_form_takes_and_no_others(kind):
+def test_heads_take_the_fits_that_the_naive_form_takes_and_no_others(kind, monkeypatch):
     alike = redundant_layer(1, 3, 60, 30)
     keys = torch.cat([alike.keys, random_rows(1, 3, 60, 8, seed=20)], dim=1)
     values = torch.cat([alike.values, random_rows(1, 3, 60, 8, seed=21)], dim=1)
     layer = evict(keys, values, 30, kind, seed=0)
     queries = queries_for(layer, 13)
+    errors = run(layer, queries, naive_attention_match).error_after.flatten().sort().values
+    monkeypatch.setattr(match_module, "_MAX_ERROR", float(errors[2:4].mean()))
     match, expected = run(layer, queries), run(layer, queries, naive_attention_match)
     assert match.is_fitted.tolist() == expected.is_fitted.tolist()
-    assert 0 < match.is_fitted.sum() < 6
+    assert match.is_fitted.sum() == 3
     assert_same(match, expected, torch.float32)
 
 
@@ -137,7 +138,7 @@ def test_any_layer_leaves_finite_heads_finite_and_unfitted_heads_as_they_were(la
         else:
             assert match.keys[b, h, slots].isfinite().all()
             assert match.values[b, h, slots].isfinite().all()
-            assert match.error_after[b, h] < 0.8001 * match.error_before[b, h]
+            assert match.error_after[b, h] < 2.001
         left_alone = sorted(set(range(layer.kept_keys.shape[2])) - set(slots))
         torch.testing.assert_close(
             match.keys[b, h, left_alone], layer.kept_keys[b, h, left_alone], rtol=0, atol=0, equal_nan=True
@@ -249,17 +250,6 @@ def test_queries_that_it_has_not_seen_get_nearer_to_the_full_output(n_kept):
     assert fitted.mean() < 0.5 * evicted.mean()
 
 
-def test_a_head_whose_fit_is_no_better_on_queries_left_out_keeps_evictions_bits():
-    layer = random_layer(1, 6, 40, 38, head_dim=8, seed=4)  # two of forty gone, and they resemble nothing
-    match = run(layer, 3 * random_rows(1, 6, 4, 8, seed=1), key_ridge=1e-3)
-    assert not match.is_fitted.all()
-    for h in range(6):
-        if not match.is_fitted[0, h]:
-            assert match.error_after[0, h] >= 0.7999 * match.error_before[0, h]
-            assert match.keys[0, h].equal(layer.kept_keys[0, h])
-            assert match.values[0, h].equal(layer.kept_values[0, h])
-
-
 def test_where_eviction_costs_nothing_there_is_nothing_to_fit():
     layer = redundant_layer(1, 2)
     layer = evict(layer.keys, torch.zeros_like(layer.values), 20, "shrunk", seed=0)
@@ -268,16 +258,17 @@ def test_where_eviction_costs_nothing_there_is_nothing_to_fit():
     assert match.keys.equal(layer.kept_keys)
 
 
-def test_a_head_takes_the_fit_only_if_enough_of_the_error_goes(monkeypatch):
+def test_a_head_whose_fit_leaves_too_much_error_keeps_evictions_bits(monkeypatch):
     layer = redundant_layer(4, 8, 40, 25)
     queries = queries_for(layer, 20)
-    first = run(layer, queries)
-    left = first.error_after / first.error_before
+    left = run(layer, queries).error_after
     most_error = float(left.median()) + 1e-6
     monkeypatch.setattr(match_module, "_MAX_ERROR", most_error)
     match = run(layer, queries)
     assert match.is_fitted.equal(left < most_error)
     assert match.is_fitted.sum() == 16
+    assert match.keys[~match.is_fitted].equal(layer.kept_keys[~match.is_fitted])
+    assert match.values[~match.is_fitted].equal(layer.kept_values[~match.is_fitted])
 
 
 @pytest.mark.usefixtures("whatever_its_error")
