@@ -54,8 +54,8 @@ class AttentionMatchingPress(MergeOnEvictPress):
     A few reference queries are made of the layer's own input and rotated to where the context ends. Each evicted
     position is counted to the survivor nearby whose key and value are most like its own. The survivor becomes the mean
     of what it now stands for, keys and values, weighted by attention; a ridge regression then shifts its key from that
-    mean so far that it attracts what those counted to it did, as the reference queries see it. Which
-    positions survive is the inner press's choice alone. See :func:`kvpress_merging.kernels.match.attention_match`.
+    mean so far that it attracts what those counted to it did, as the reference queries see it. Which positions survive
+    is the inner press's choice alone. See :func:`kvpress_merging.kernels.match.attention_match`.
 
     After [Fast KV Compaction via Attention Matching](https://arxiv.org/abs/2602.16284), which fits a bias per key where
     this shifts the key, so that no attention kernel has to change, and values by regression where these are means;

@@ -111,7 +111,7 @@ def match_heads(
     counts_evicted: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Match heads, whether that is better than eviction or not.
+    Match heads, however well they can be.
 
     The ones beside the values carry the attention mass through every product, and the weights through every mean.
 
@@ -207,15 +207,15 @@ def match_heads(
         moment, unit = _second_moment(kept_queries, weighted)
         _add_ridge_(moment, unit, key_ridge)
     smoother = torch.bmm(weighted, torch.linalg.inv_ex(moment).inverse)
-    old = keys[:, :n_survivors] if old_keys is None else old_keys
     new_keys = matched[..., :head_dim]
     if old_keys is None:
         # The mean key is a step of the way already; the regression is on what that leaves.
-        growth.baddbmm_(new_keys - old, kept_queries.transpose(1, 2), alpha=-1)
+        old_keys = keys[:, :n_survivors]
+        growth.baddbmm_(new_keys - old_keys, kept_queries.transpose(1, 2), alpha=-1)
         new_keys.baddbmm_(growth, smoother)
     else:
-        torch.baddbmm(old, growth, smoother, out=new_keys)
-    mass = torch.bmm(new_keys - old, kept_queries.transpose(1, 2)).exp_().mul_(mass)
+        torch.baddbmm(old_keys, growth, smoother, out=new_keys)
+    mass = torch.bmm(new_keys - old_keys, kept_queries.transpose(1, 2)).exp_().mul_(mass)
     of_matching = _error(torch.baddbmm(output, mass.transpose(1, 2), matched[..., head_dim:], alpha=-1), output_norm)
     return matched, of_eviction, of_matching, torch.linalg.vector_norm(output_norm, dim=1)
 
