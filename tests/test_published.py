@@ -117,7 +117,7 @@ N_SAMPLES = {1200: 30, 4096: 10}
 
 def needle_row(k_len: int, press: str) -> str:
     """docs/method.md: the answers' negative log-likelihood in a text of that length, and what matching wins back."""
-    benchmark = f"ruler-synthetic, {k_len}, qwen2.5-coder-0.5b, n_samples={N_SAMPLES[k_len]}"
+    benchmark = f"ruler-synthetic, {k_len}, qwen2.5-coder-0.5b, max_new_tokens=0, n_samples={N_SAMPLES[k_len]}"
     cells = []
     for level in LEVELS[:3]:
         bare, matched = (
