@@ -99,8 +99,8 @@ def read_answers(
     list of ReadAnswer
         One for each reference, on the model's device.
     """
-    if len(references) == 1:
-        return [_read_answer(model, cache, question_ids, references[0], start)]
+    if len(references) <= 1:
+        return [_read_answer(model, cache, question_ids, reference, start) for reference in references]
     # Its last token is read with each, since it tells what comes first.
     start_of_answer = start + question_ids.shape[1] - 1
     with left_as_it_was(cache), torch.no_grad():

@@ -132,6 +132,9 @@ def test_a_question_is_read_once_for_all_its_answers(model):
         prefills = [CONTEXT_IDS.shape[1]]
         assert lengths == [*prefills, 7 + 3, *prefills, 1 + 3, 1 + 1]
         lengths.clear()
+        assert read_answers(model, prefill(model), QUESTION_IDS, [], CONTEXT_IDS.shape[1]) == []
+        assert lengths == prefills
+        lengths.clear()
         read_answers(model, prefill(model), QUESTION_IDS, REFERENCES, CONTEXT_IDS.shape[1])
         assert lengths == [*prefills, 7 - 1, 1 + 3, 1 + 1, 1 + 5]
 
