@@ -250,6 +250,19 @@ def test_queries_that_it_has_not_seen_get_nearer_to_the_full_output(n_kept):
     assert fitted.mean() < 0.5 * evicted.mean()
 
 
+def test_a_head_takes_a_fit_though_eviction_cost_the_reference_queries_less():
+    keys, values = (random_rows(1, 2, 30, 8, seed=i) for i in (0, 1))
+    keys[..., 0] = 0.0
+    keys[:, :, 1::2, 0] = -40.0  # all that goes is looked at by none of them
+    layer = shrunk(keys, values, torch.arange(0, 30, 2).expand(1, 2, -1))
+    queries = 0.1 * random_rows(1, 2, 12, 8, seed=2)
+    queries[..., 0] = 1.0
+    match = run(layer, queries)
+    assert (match.error_before < match.error_after).all()
+    assert match.is_fitted.all()
+    assert not match.values.equal(layer.kept_values)
+
+
 def test_where_eviction_costs_nothing_there_is_nothing_to_fit():
     layer = redundant_layer(1, 2)
     layer = evict(layer.keys, torch.zeros_like(layer.values), 20, "shrunk", seed=0)

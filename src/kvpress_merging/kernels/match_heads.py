@@ -62,7 +62,7 @@ def match_block(
         The fields of :class:`kvpress_merging.kernels.match.Match` for these heads.
     """
     keys, values, kept_keys, kept_values, queries, kept_queries = layer
-    (n_heads, k_len, head_dim), (n_slots, value_dim) = keys.shape, kept_values.shape[1:]
+    (n_heads, k_len, head_dim), n_slots = keys.shape, kept_values.shape[1]
     flat = (positions + first_rows(n_heads, k_len, keys.device)).view(-1)
     slot = (slots + first_rows(n_heads, n_slots, keys.device)).view(-1)
     one = scalar(1.0, keys.dtype, keys.device).expand(n_heads, k_len, 1)
@@ -80,11 +80,24 @@ def match_block(
     matched = matched.to(kept_keys.dtype)
     spoil_(of_matching, matched)
     is_fitted = of_matching < sqrt(max_error) * output_norm
-    new = []
-    for kept, columns in ((kept_keys, slice(0, head_dim)), (kept_values, slice(head_dim, head_dim + value_dim))):
-        changed = kept.reshape(n_heads * n_slots, -1).index_copy(0, slot, matched[..., columns].flatten(0, 1))
-        new.append(torch.where(is_fitted[:, None, None], changed.view(kept.shape), kept))
+    new = take_fits(kept_keys, kept_values, slot, matched.flatten(0, 1), is_fitted)
     return *new, is_fitted, of_eviction, of_matching, output_norm
+
+
+def take_fits(
+    kept_keys: torch.Tensor, kept_values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, is_fitted: torch.Tensor
+) -> list[torch.Tensor]:
+    """
+    Keys and values of a layer, without a batch axis, with the fits of those heads that take them.
+
+    ``rows`` are the new key and value side by side of each of ``slots``, int64, which count through all heads.
+    """
+    new = []
+    for kept, first in ((kept_keys, 0), (kept_values, kept_keys.shape[2])):
+        columns = rows[:, first : first + kept.shape[2]]
+        changed = kept.reshape(-1, kept.shape[2]).index_copy(0, slots, columns)
+        new.append(torch.where(is_fitted[:, None, None], changed.view(kept.shape), kept))
+    return new
 
 
 def spoil_(of_matching: torch.Tensor, matched: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.buckets import Counts, bucket_table, find_buckets, is_padding, on_device
-from kvpress_merging.kernels.match_heads import match_heads, spoil_
+from kvpress_merging.kernels.match_heads import match_heads, spoil_, take_fits
 from kvpress_merging.kernels.nearby import block_length
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, first_rows
 
@@ -44,7 +44,7 @@ def match_ragged(
         The fields of :class:`kvpress_merging.kernels.match.Match`, without a batch axis.
     """
     keys, values, kept_keys, kept_values, queries, kept_queries = layer
-    (n_heads, k_len, head_dim), (n_slots, value_dim) = keys.shape, kept_values.shape[1:]
+    (n_heads, k_len, head_dim), n_slots = keys.shape, kept_values.shape[1]
     n_survivors, n_evicted, device = eviction.survivors.shape[-1], eviction.evicted.shape[-1], keys.device
     width, length = n_survivors + n_evicted, block_length(eviction.n_survivors, eviction.n_evicted)
     flat = (eviction.positions.flatten(0, 1) + first_rows(n_heads, k_len, device)).view(-1)
@@ -118,8 +118,5 @@ def match_ragged(
         return kept_keys.clone(), kept_values.clone(), is_fitted, of_eviction, of_matching, output_norm
     changed_rows = new_rows[0] if len(new_rows) == 1 else torch.cat(new_rows)
     slots = new_slots[0] if len(new_slots) == 1 else torch.cat(new_slots)
-    new = []
-    for kept, columns_of in ((kept_keys, slice(0, head_dim)), (kept_values, slice(head_dim, head_dim + value_dim))):
-        changed = kept.reshape(n_heads * n_slots, -1).index_copy(0, slots, changed_rows[:, columns_of])
-        new.append(torch.where(is_fitted[:, None, None], changed.view(kept.shape), kept))
+    new = take_fits(kept_keys, kept_values, slots, changed_rows, is_fitted)
     return *new, is_fitted, of_eviction, of_matching, output_norm
