@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import json
 import re
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from evaluation.__main__ import main
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evaluation" / "results"
 MODELS = {"smollm2": "SmolLM2", "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B"}
+LARGER = "qwen2.5-coder-1.5b"
 PRESSES = {
     "knorm": "Knorm",
     "expected_attention_head": "ExpectedAttention",
@@ -38,6 +41,8 @@ PRESSES = {
 }
 MEASURED = tuple(press for press in PRESSES if press not in ("kvzip", "streaming_llm"))
 """Presses whose retrieval was measured."""
+MEASURED_LARGER = MEASURED[:4]
+"""Those measured with the larger model too."""
 KINDS = ("merged", "matching")
 LEAST_LOSS = 0.05
 """Nats a token that eviction has to cost before a share of it means anything."""
@@ -62,13 +67,16 @@ def mean_of(name: str, metric: str, press: str, kind: str, level: str, benchmark
     return float(table["mean"].iloc[0])
 
 
-def won_back(name: str, press: str, kind: str, levels: tuple[str, ...], benchmark: str = "qwen2.5-coder-0.5b") -> str:
+def won_back(
+    name: str, presses: Iterable[str], kind: str, levels: tuple[str, ...], benchmark: str = "qwen2.5-coder-0.5b"
+) -> str:
     """Share of what eviction adds to the full cache's ``answer_nll`` that one of ours takes away again."""
+    cells = list(itertools.product(presses, levels))
     bare, ours, full = (
-        sum(mean_of(name, "answer_nll", press, one, level, benchmark) for level in levels)
+        sum(mean_of(name, "answer_nll", press, one, level, benchmark) for press, level in cells)
         for one in ("bare", kind, "full")
     )
-    if bare - full < LEAST_LOSS * len(levels):
+    if bare - full < LEAST_LOSS * len(cells):
         return "-"
     return f"{100 * (bare - ours) / (bare - full):.0f} %"
 
@@ -86,26 +94,28 @@ def shares(press: str, kind: str, levels: tuple[str, ...], model: str) -> str:
 
 
 LEVELS = ("0.25", "0.5", "0.75", "0.88")
-KVZIP_LEVELS = ("0.75", "0.88", "0.94")
+
+
+def levels_of(press: str) -> tuple[str, ...]:
+    """Ratios at which a press was measured on text: KVzip at those where it loses something."""
+    return ("0.75", "0.88", "0.94") if press == "kvzip" else LEVELS
 
 
 def advice_row(press: str) -> str:
     """README, less the advice itself."""
-    levels = KVZIP_LEVELS if press == "kvzip" else LEVELS
-    text = " / ".join(shares(press, kind, levels, "qwen2.5-coder-0.5b") for kind in KINDS)
+    text = " / ".join(shares(press, kind, levels_of(press), "qwen2.5-coder-0.5b") for kind in KINDS)
     ruler = ""
     if press in MEASURED:
-        ruler = " / ".join(won_back("ruler-4096", press, kind, LEVELS) for kind in KINDS)
+        ruler = " / ".join(won_back("ruler-4096", [press], kind, LEVELS) for kind in KINDS)
     return f"| {PRESSES[press]} | {ruler or 'not measured'} | {text} |"
 
 
 def text_row(press: str, model: str) -> str:
     """docs/method.md: eviction's KL and what the rules leave of it, ratio by ratio."""
-    levels = KVZIP_LEVELS if press == "kvzip" else LEVELS
     cells = [
         f"{mean_of('text-1024', 'kl', press, 'bare', level, model):.4f}: "
         + " / ".join(f"{share(press, kind, level, model):.2f}" for kind in KINDS)
-        for level in levels
+        for level in levels_of(press)
     ]
     name = f"KVzip, {MODELS[model]}" if press == "kvzip" else PRESSES[press]
     return f"| {name} | {' | '.join(cells)} |"
@@ -115,17 +125,32 @@ N_SAMPLES = {1200: 30, 4096: 10}
 """Of each needle task, in a text of that many tokens."""
 
 
-def needle_row(k_len: int, press: str) -> str:
-    """docs/method.md: the answers' negative log-likelihood in a text of that length, and what matching wins back."""
-    benchmark = f"ruler-synthetic, {k_len}, qwen2.5-coder-0.5b, max_new_tokens=0, n_samples={N_SAMPLES[k_len]}"
+def needle_benchmark(k_len: int, n_samples: int | None = None) -> str:
+    return f"ruler-synthetic, {k_len}, qwen2.5-coder-0.5b, max_new_tokens=0, n_samples={n_samples or N_SAMPLES[k_len]}"
+
+
+def answer_cells(name: str, press: str, levels: Iterable[str], benchmark: str) -> str:
+    """What eviction's and matching's answers have for a negative log-likelihood, and what matching wins back."""
     cells = []
-    for level in LEVELS[:3]:
-        bare, matched = (
-            mean_of("needles", "answer_nll", press, kind, level, benchmark) for kind in ("bare", "matching")
-        )
-        won = won_back("needles", press, "matching", (level,), benchmark)
-        cells.append(f"{bare:.2f} → {matched:.2f} ({won})")
-    return f"| {PRESSES[press]} | {' | '.join(cells)} |"
+    for level in levels:
+        bare, matched = (mean_of(name, "answer_nll", press, kind, level, benchmark) for kind in ("bare", "matching"))
+        cells.append(f"{bare:.2f} → {matched:.2f} ({won_back(name, [press], 'matching', (level,), benchmark)})")
+    return " | ".join(cells)
+
+
+def needle_row(k_len: int, press: str) -> str:
+    """docs/method.md: needles in a text of that length."""
+    return f"| {PRESSES[press]} | {answer_cells('needles', press, LEVELS[:3], needle_benchmark(k_len))} |"
+
+
+def kvzip_needle_row() -> str:
+    """docs/method.md: the same with KVzip."""
+    return f"| KVzip | {answer_cells('needles', 'kvzip', LEVELS[2:], needle_benchmark(1200, 5))} |"
+
+
+def larger_row(press: str) -> str:
+    """docs/method.md: RULER's tasks with the larger model."""
+    return f"| {PRESSES[press]} | {answer_cells('ruler-4096', press, LEVELS[1:3], LARGER)} |"
 
 
 def ruler_row(press: str) -> str:
@@ -160,7 +185,9 @@ ROWS = [
     *(("README.md", functools.partial(advice_row, press)) for press in PRESSES),
     *(("docs/method.md", functools.partial(text_row, press, model)) for model in MODELS for press in PRESSES),
     *(("docs/method.md", functools.partial(needle_row, k_len, press)) for k_len in N_SAMPLES for press in MEASURED),
+    ("docs/method.md", functools.partial(kvzip_needle_row)),
     *(("docs/method.md", functools.partial(ruler_row, press)) for press in MEASURED),
+    *(("docs/method.md", functools.partial(larger_row, press)) for press in MEASURED_LARGER),
     *(("docs/speed.md", functools.partial(layer_row, k_len)) for k_len in (8192, 16384, 32768)),
     *(("docs/speed.md", functools.partial(prefill_row, press)) for press in ("knorm", "snapkv", "adakv_snapkv")),
 ]
@@ -170,6 +197,112 @@ ROWS = [
 def test_a_row_of_a_table_says_what_was_measured(file, row):
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     assert any(line.startswith(row()) for line in lines), f"{file} lacks the row {row()}"
+
+
+def verdicts(name: str, kind: str, benchmark: str, *, by_task: bool = False) -> tuple[int, int, int]:
+    """Of a kind's comparisons with its bare presses: how many there are, are better, and are worse."""
+    table = pd.read_csv(RESULTS / name / "comparisons.csv")
+    table = table[table["benchmark"].str.contains(benchmark, regex=False) & (table["kind"] == kind)]
+    if "all tasks" in set(table["task"]):
+        table = table[(table["task"] != "all tasks") == by_task]
+    return len(table), *((table["verdict"] == verdict).sum() for verdict in ("better", "worse"))
+
+
+def caption() -> str:
+    """README, below the picture."""
+    n, better, worse = verdicts("ruler-4096", "matching", "0.5b")
+    _, merging_better, merging_worse = verdicts("ruler-4096", "merged", "0.5b")
+    return (
+        f"Matching is better in {better} of these {n} cells and worse in {worse}, merging better in {merging_better} "
+        f"and worse in {merging_worse} (p < 0.05)."
+    )
+
+
+def ruler_sentence() -> str:
+    n, better, worse = verdicts("ruler-4096", "matching", "0.5b")
+    _, merging_better, merging_worse = verdicts("ruler-4096", "merged", "0.5b")
+    matching, merging = (won_back("ruler-4096", MEASURED, kind, LEVELS) for kind in ("matching", "merged"))
+    return (
+        f"Over all {n} cells, matching wins back {matching} of what eviction adds and merging {merging}; at p < 0.05 "
+        f"matching is better in {better} and worse in {worse}, merging better in {merging_better} and worse in "
+        f"{merging_worse}."
+    )
+
+
+def ruler_tasks_sentence() -> str:
+    table = pd.read_csv(RESULTS / "ruler-4096" / "comparisons.csv")
+    table = table[table["benchmark"].str.contains("0.5b", regex=False) & (table["kind"] == "matching")]
+    table = table[table["task"] != "all tasks"]
+    return (
+        f"By more than its interval it is worse in {(table['low'] > 0).sum()} of the {len(table)} pairs of task and "
+        f"cell, better in {(table['high'] < 0).sum()}."
+    )
+
+
+def larger_sentence() -> str:
+    n, better, worse = verdicts("ruler-4096", "matching", "1.5b")
+    won = won_back("ruler-4096", MEASURED_LARGER, "matching", LEVELS[1:3], LARGER)
+    return f"matching wins back {won} over all, is better in {better} of {n} cells and worse in {worse}."
+
+
+def needles_sentence(k_len: int) -> str:
+    benchmark = needle_benchmark(k_len)
+    n, better, worse = verdicts("needles", "matching", benchmark)
+    n_pairs, pairs_better, pairs_worse = verdicts("needles", "matching", benchmark, by_task=True)
+    by_level = [won_back("needles", MEASURED, "matching", (level,), benchmark) for level in LEVELS[:3]]
+    overall = won_back("needles", MEASURED, "matching", LEVELS[:3], benchmark)
+    return (
+        f"In {k_len:,} tokens matching is better in {better} of {n} cells and worse in {worse}; of their {n_pairs} "
+        f"pairs of task and cell {pairs_better} are better and {pairs_worse} worse. It wins back {by_level[0]} at the "
+        f"ratio 0.25, {by_level[1]} at 0.5 and {by_level[2]} at 0.75; {overall} over all."
+    )
+
+
+def answers_sentence() -> str:
+    n_samples, levels = 10, LEVELS[:2]
+    benchmark = f"ruler-synthetic, 1200, qwen2.5-coder-0.5b, max_new_tokens=48, n_samples={n_samples}"
+    cells = list(itertools.product(MEASURED, levels))
+    bare, matched = (
+        np.mean([mean_of("needles", "string_match", press, kind, level, benchmark) for press, level in cells])
+        for kind in ("bare", "matching")
+    )
+    won = won_back("needles", MEASURED, "matching", levels, benchmark)
+    return (
+        f"of {n_samples * 6 * len(cells)} answers {bare:.1f} % are right with eviction and {matched:.1f} % with "
+        f"matching. By their likelihoods {won} is won back."
+    )
+
+
+def text_sentence() -> str:
+    every = {
+        model: [share(press, "matching", level, model) for press in PRESSES for level in levels_of(press)]
+        for model in MODELS
+    }
+    n, better, worse = verdicts("text-1024", "matching", "fidelity")
+    assert max(itertools.chain(*every.values())) < 1
+    return (
+        f"Matching is below eviction in each of these {sum(map(len, every.values()))} cells: "
+        f"{np.mean(every['qwen2.5-coder-0.5b']):.2f} of it on average with Qwen2.5-Coder-0.5B, "
+        f"{np.mean(every['smollm2']):.2f} with SmolLM2. Of {n} comparisons (four metrics), {better} are better at "
+        f"p < 0.05 and {worse} worse"
+    )
+
+
+SENTENCES = [
+    ("README.md", caption),
+    ("docs/method.md", ruler_sentence),
+    ("docs/method.md", ruler_tasks_sentence),
+    ("docs/method.md", larger_sentence),
+    *(("docs/method.md", functools.partial(needles_sentence, k_len)) for k_len in N_SAMPLES),
+    ("docs/method.md", answers_sentence),
+    ("docs/method.md", text_sentence),
+]
+
+
+@pytest.mark.parametrize(("file", "sentence"), SENTENCES)
+def test_a_sentence_says_what_was_measured(file, sentence):
+    words = " ".join((ROOT / file).read_text(encoding="utf-8").split())
+    assert sentence() in words, f"{file} lacks: {sentence()}"
 
 
 def pages() -> list[Path]:
