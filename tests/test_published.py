@@ -138,14 +138,9 @@ def answer_cells(name: str, press: str, levels: Iterable[str], benchmark: str) -
     return " | ".join(cells)
 
 
-def needle_row(k_len: int, press: str) -> str:
+def needle_row(k_len: int, press: str, levels: tuple[str, ...] = LEVELS[:3], n_samples: int | None = None) -> str:
     """docs/method.md: needles in a text of that length."""
-    return f"| {PRESSES[press]} | {answer_cells('needles', press, LEVELS[:3], needle_benchmark(k_len))} |"
-
-
-def kvzip_needle_row() -> str:
-    """docs/method.md: the same with KVzip."""
-    return f"| KVzip | {answer_cells('needles', 'kvzip', LEVELS[2:], needle_benchmark(1200, 5))} |"
+    return f"| {PRESSES[press]} | {answer_cells('needles', press, levels, needle_benchmark(k_len, n_samples))} |"
 
 
 def larger_row(press: str) -> str:
@@ -185,7 +180,7 @@ ROWS = [
     *(("README.md", functools.partial(advice_row, press)) for press in PRESSES),
     *(("docs/method.md", functools.partial(text_row, press, model)) for model in MODELS for press in PRESSES),
     *(("docs/method.md", functools.partial(needle_row, k_len, press)) for k_len in N_SAMPLES for press in MEASURED),
-    ("docs/method.md", functools.partial(kvzip_needle_row)),
+    ("docs/method.md", functools.partial(needle_row, 1200, "kvzip", LEVELS[2:], 5)),
     *(("docs/method.md", functools.partial(ruler_row, press)) for press in MEASURED),
     *(("docs/method.md", functools.partial(larger_row, press)) for press in MEASURED_LARGER),
     *(("docs/speed.md", functools.partial(layer_row, k_len)) for k_len in (8192, 16384, 32768)),
@@ -199,12 +194,18 @@ def test_a_row_of_a_table_says_what_was_measured(file, row):
     assert any(line.startswith(row()) for line in lines), f"{file} lacks the row {row()}"
 
 
-def verdicts(name: str, kind: str, benchmark: str, *, by_task: bool = False) -> tuple[int, int, int]:
-    """Of a kind's comparisons with its bare presses: how many there are, are better, and are worse."""
+def comparisons(name: str, kind: str, benchmark: str, *, by_task: bool = False) -> pd.DataFrame:
+    """A kind's comparisons with its bare presses: of all tasks together, or of each."""
     table = pd.read_csv(RESULTS / name / "comparisons.csv")
     table = table[table["benchmark"].str.contains(benchmark, regex=False) & (table["kind"] == kind)]
     if "all tasks" in set(table["task"]):
         table = table[(table["task"] != "all tasks") == by_task]
+    return table
+
+
+def verdicts(name: str, kind: str, benchmark: str, *, by_task: bool = False) -> tuple[int, int, int]:
+    """Of these comparisons, how many there are, are better, and are worse."""
+    table = comparisons(name, kind, benchmark, by_task=by_task)
     return len(table), *((table["verdict"] == verdict).sum() for verdict in ("better", "worse"))
 
 
@@ -230,9 +231,7 @@ def ruler_sentence() -> str:
 
 
 def ruler_tasks_sentence() -> str:
-    table = pd.read_csv(RESULTS / "ruler-4096" / "comparisons.csv")
-    table = table[table["benchmark"].str.contains("0.5b", regex=False) & (table["kind"] == "matching")]
-    table = table[table["task"] != "all tasks"]
+    table = comparisons("ruler-4096", "matching", "0.5b", by_task=True)
     return (
         f"By more than its interval it is worse in {(table['low'] > 0).sum()} of the {len(table)} pairs of task and "
         f"cell, better in {(table['high'] < 0).sum()}."
