@@ -35,3 +35,14 @@ def input_ids(request):
 
     n_context = getattr(request.module, "N_CONTEXT", 96)
     return torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :n_context] + 10
+
+
+@pytest.fixture
+def one_thread():
+    """PyTorch on one thread, and afterwards on as many as before, whatever the test has set."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -13,17 +13,11 @@ from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
 from kvpress_merging.kernels.match import attention_match
 
+# With more threads than heads the search takes a step more.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HEADS_AND_ROWS = [(2, 1), (4, 1), (16, 1), (2, 3), (4, 3), (16, 3)]
 K_LEN = 1024
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """With more threads than heads the search takes a step more."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def even_layer(heads: int, bsz: int, ratio: float = 0.5, dtype: torch.dtype = torch.float32) -> Layer:

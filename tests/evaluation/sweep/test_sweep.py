@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 import yaml
 from filelock import FileLock
 
@@ -20,6 +19,8 @@ from evaluation.evaluate import prepare
 from evaluation.report.runs import read_results
 from evaluation.sweep import here, on_ray, outcomes
 from evaluation.text import built_in_text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # How often the sweep of the test at the end is killed, in one process and on Ray. Ray takes seconds to start each time.
 KILLS = {
@@ -33,13 +34,6 @@ SECONDS = ["seconds", "prefill_seconds", "press_seconds", "answer_seconds", "pre
 @pytest.fixture(scope="module")
 def model(checkpoint) -> Path:
     return checkpoint
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def write_grid(folder: Path, model_folder: Path, **settings) -> Path:

@@ -25,6 +25,8 @@ from evaluation.sweep.grid import group_cells, read_grid
 from evaluation.text import built_in_text
 from kvpress_merging.registry import PREFILL_PRESSES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Presses that load something from a hub, and one that needs the question.
 NOT_HERE = ("RestoreKV", "duo_attention", "fastkvzip", "kvzap", "qfilter", "lukv", "finch")
 BARE = [name for name in PREFILL_PRESSES if not name.startswith(NOT_HERE)]
@@ -36,13 +38,6 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tiny_checkpoint(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
