@@ -121,12 +121,12 @@ def text_row(press: str, model: str) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-N_SAMPLES = {1200: 30, 4096: 10}
-"""Of each needle task, in a text of that many tokens."""
+LENGTHS = (1200, 4096)
+"""Tokens of the texts with needles."""
 
 
-def needle_benchmark(k_len: int, n_samples: int | None = None) -> str:
-    return f"ruler-synthetic, {k_len}, qwen2.5-coder-0.5b, max_new_tokens=0, n_samples={n_samples or N_SAMPLES[k_len]}"
+def needle_benchmark(k_len: int, n_samples: int = 30) -> str:
+    return f"ruler-synthetic, {k_len}, qwen2.5-coder-0.5b, max_new_tokens=0, n_samples={n_samples}"
 
 
 def answer_cells(name: str, press: str, levels: Iterable[str], benchmark: str) -> str:
@@ -138,7 +138,7 @@ def answer_cells(name: str, press: str, levels: Iterable[str], benchmark: str) -
     return " | ".join(cells)
 
 
-def needle_row(k_len: int, press: str, levels: tuple[str, ...] = LEVELS[:3], n_samples: int | None = None) -> str:
+def needle_row(k_len: int, press: str, levels: tuple[str, ...] = LEVELS[:3], n_samples: int = 30) -> str:
     """docs/method.md: needles in a text of that length."""
     return f"| {PRESSES[press]} | {answer_cells('needles', press, levels, needle_benchmark(k_len, n_samples))} |"
 
@@ -179,7 +179,7 @@ def prefill_row(press: str) -> str:
 ROWS = [
     *(("README.md", functools.partial(advice_row, press)) for press in PRESSES),
     *(("docs/method.md", functools.partial(text_row, press, model)) for model in MODELS for press in PRESSES),
-    *(("docs/method.md", functools.partial(needle_row, k_len, press)) for k_len in N_SAMPLES for press in MEASURED),
+    *(("docs/method.md", functools.partial(needle_row, k_len, press)) for k_len in LENGTHS for press in MEASURED),
     ("docs/method.md", functools.partial(needle_row, 1200, "kvzip", LEVELS[2:], 5)),
     *(("docs/method.md", functools.partial(ruler_row, press)) for press in MEASURED),
     *(("docs/method.md", functools.partial(larger_row, press)) for press in MEASURED_LARGER),
@@ -292,7 +292,7 @@ SENTENCES = [
     ("docs/method.md", ruler_sentence),
     ("docs/method.md", ruler_tasks_sentence),
     ("docs/method.md", larger_sentence),
-    *(("docs/method.md", functools.partial(needles_sentence, k_len)) for k_len in N_SAMPLES),
+    *(("docs/method.md", functools.partial(needles_sentence, k_len)) for k_len in LENGTHS),
     ("docs/method.md", answers_sentence),
     ("docs/method.md", text_sentence),
 ]
