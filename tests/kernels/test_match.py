@@ -385,8 +385,9 @@ def test_repeated_tokens_and_equal_queries_are_no_singular_system():
 
 
 @pytest.mark.usefixtures("whatever_its_error")
-def test_keys_that_the_press_rotated_anew_are_fitted_with_queries_rotated_as_far():
-    layer = redundant_layer(1, 2)
+@pytest.mark.parametrize("kind", ["shrunk", "ragged"])
+def test_keys_that_the_press_rotated_anew_are_fitted_with_queries_rotated_as_far(kind):
+    layer = redundant_layer(1, 2, kind=kind)
     queries = queries_for(layer, 64)
     rotation = torch.linalg.qr(random_rows(8, 8, seed=9)).Q
     rotated = Layer(
@@ -405,8 +406,9 @@ def test_keys_that_the_press_rotated_anew_are_fitted_with_queries_rotated_as_far
 
 
 @pytest.mark.usefixtures("whatever_its_error")
-def test_channels_that_the_press_pruned_stay_pruned_and_what_they_did_is_made_good_for_in_the_others():
-    layer = redundant_layer(1, 2)
+@pytest.mark.parametrize("kind", ["shrunk", "ragged"])
+def test_channels_that_the_press_pruned_stay_pruned_and_what_they_did_is_made_good_for_in_the_others(kind):
+    layer = redundant_layer(1, 2, kind=kind)
     queries = queries_for(layer, 40)
     is_left = torch.tensor([1, 1, 0, 1, 1, 0, 1, 1])
     eviction = Eviction(**vars(layer.eviction) | {"keys_rewritten": True})

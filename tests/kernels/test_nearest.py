@@ -56,6 +56,19 @@ def test_survivors_do_not_depend_on_the_tile(kind, dtype):
         torch.testing.assert_close(similarity, other_similarity, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["shrunk", "masked", "ragged"])
+def test_survivors_do_not_depend_on_how_many_cores_share_a_head(kind, monkeypatch):
+    layer = random_layer(1, 2, 400, 210, head_dim=40, kind=kind)
+    layer.keys[:, :, ::3] = layer.keys[:, :, :1]  # of equals in several groups, the first counts
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    on_one = search(layer)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    on_many = search(layer)
+    assert_nearest(layer, *on_many)
+    for one, many in zip(on_one, on_many):
+        assert torch.equal(one, many)
+
+
 @pytest.mark.parametrize("n_survivors", [1, 2, 3, 7, 9, 15, 16, 17, 33, 63, 65, 129, 200])
 @pytest.mark.parametrize("head_dim", [5, 17, 40, 64, 80, 128])
 def test_equal_keys_tie_to_the_lowest_survivor_at_every_tile_size(n_survivors, head_dim):
