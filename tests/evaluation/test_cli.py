@@ -98,3 +98,12 @@ def test_a_python_without_what_a_command_needs_is_told_which_has_it(monkeypatch,
     assert error.count("\n") == 1
     assert f"{sys.executable} has no package gguf" in error
     assert ".venv" in error
+
+
+def test_a_module_of_ours_that_is_missing_is_no_mistake_of_the_user(monkeypatch):
+    def lacks_ours(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", lacks_ours)
+    with pytest.raises(ModuleNotFoundError, match=r"evaluation\.demo"):
+        main(["demo"])
