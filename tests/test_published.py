@@ -258,7 +258,7 @@ def needles_sentence(k_len: int) -> str:
 
 
 def answers_sentence() -> str:
-    n_samples, levels = 10, LEVELS[:2]
+    n_samples, levels = 10, LEVELS[:3]
     benchmark = f"ruler-synthetic, 1200, qwen2.5-coder-0.5b, max_new_tokens=48, n_samples={n_samples}"
     cells = list(itertools.product(MEASURED, levels))
     bare, matched = (
@@ -267,7 +267,7 @@ def answers_sentence() -> str:
     )
     won = won_back("needles", MEASURED, "matching", levels, benchmark)
     return (
-        f"of {n_samples * 6 * len(cells)} answers {bare:.1f} % are right with eviction and {matched:.1f} % with "
+        f"of {n_samples * 6 * len(cells):,} answers {bare:.1f} % are right with eviction and {matched:.1f} % with "
         f"matching. By their likelihoods {won} is won back."
     )
 
