@@ -257,19 +257,29 @@ def needles_sentence(k_len: int) -> str:
     )
 
 
-def answers_sentence() -> str:
-    n_samples, levels = 10, LEVELS[:3]
-    benchmark = f"ruler-synthetic, 1200, qwen2.5-coder-0.5b, max_new_tokens=48, n_samples={n_samples}"
+def answers(name: str, benchmark: str, levels: Iterable[str]) -> tuple[str, str]:
+    """Of what answers should name, how much they did: eviction's and matching's, in per cent."""
     cells = list(itertools.product(MEASURED, levels))
     bare, matched = (
-        np.mean([mean_of("needles", "string_match", press, kind, level, benchmark) for press, level in cells])
+        np.mean([mean_of(name, "string_match", press, kind, level, benchmark) for press, level in cells])
         for kind in ("bare", "matching")
     )
-    won = won_back("needles", MEASURED, "matching", levels, benchmark)
-    return (
-        f"of {n_samples * 6 * len(cells):,} answers {bare:.1f} % are right with eviction and {matched:.1f} % with "
-        f"matching. By their likelihoods {won} is won back."
-    )
+    return f"{bare:.1f} %", f"{matched:.1f} %"
+
+
+def needle_answers(k_len: int) -> tuple[str, str]:
+    name, benchmark = {1200: ("needles", "max_new_tokens=48"), 4096: ("ruler-4096-answers", "4096")}[k_len]
+    return answers(name, benchmark, LEVELS[:3])
+
+
+def needle_answers_sentence(k_len: int) -> str:
+    bare, matched = needle_answers(k_len)
+    return f"In {k_len:,} tokens, of 1,080 answers {bare} are right with eviction and {matched} with matching"
+
+
+def readme_answers_sentence() -> str:
+    bare, matched = needle_answers(4096)
+    return f"the model answers {bare} right with eviction and {matched} with matching"
 
 
 def text_sentence() -> str:
@@ -289,11 +299,12 @@ def text_sentence() -> str:
 
 SENTENCES = [
     ("README.md", caption),
+    ("README.md", readme_answers_sentence),
     ("docs/method.md", ruler_sentence),
     ("docs/method.md", ruler_tasks_sentence),
     ("docs/method.md", larger_sentence),
     *(("docs/method.md", functools.partial(needles_sentence, k_len)) for k_len in LENGTHS),
-    ("docs/method.md", answers_sentence),
+    *(("docs/method.md", functools.partial(needle_answers_sentence, k_len)) for k_len in LENGTHS),
     ("docs/method.md", text_sentence),
 ]
 
