@@ -257,33 +257,39 @@ def needles_sentence(k_len: int) -> str:
     )
 
 
-def answers(name: str, benchmark: str, levels: Iterable[str]) -> tuple[str, str]:
-    """Of what answers should name, how much they did: eviction's and matching's, in per cent."""
-    cells = list(itertools.product(MEASURED, levels))
-    bare, matched = (
-        np.mean([mean_of(name, "string_match", press, kind, level, benchmark) for press, level in cells])
-        for kind in ("bare", "matching")
-    )
-    return f"{bare:.1f} %", f"{matched:.1f} %"
+def answers(name: str, benchmark: str) -> tuple[str, ...]:
+    """How many each kind gave, and how much they named of what they should: eviction, matching and the full cache."""
+    table = comparisons(name, "matching", benchmark, by_task=True)
+    table = table[table["metric"] == "string_match"]
+    full = mean_of(name, "string_match", "", "full", "", benchmark)
+    shares = (f"{share:.1f} %" for share in (table["bare"].mean(), table["merged"].mean(), full))
+    return f"{table['n_samples'].sum():,}", *shares
 
 
-def needle_answers(k_len: int) -> tuple[str, str]:
-    return answers({1200: "needles", 4096: "ruler-4096-answers"}[k_len], "max_new_tokens=48", LEVELS[:3])
+NEEDLE_ANSWERS = {k_len: (name, "max_new_tokens=48") for k_len, name in zip(LENGTHS, ("needles", "ruler-4096-answers"))}
 
 
 def needle_answers_sentence(k_len: int) -> str:
-    bare, matched = needle_answers(k_len)
-    return f"In {k_len:,} tokens, of 1,080 answers {bare} are right with eviction and {matched} with matching"
+    name, benchmark = NEEDLE_ANSWERS[k_len]
+    n, bare, matched, full = answers(name, benchmark)
+    won = won_back(name, MEASURED, "matching", LEVELS[:3], benchmark)
+    return (
+        f"In {k_len:,} tokens, of {n} answers {bare} are right with eviction, {matched} with matching and {full} with "
+        f"the full cache; by their likelihoods {won} is won back."
+    )
 
 
 def other_answers_sentence() -> str:
-    bare, matched = answers("ruler-4096-answers", "max_new_tokens=None", LEVELS[1:2])
-    return f"of what these 180 answers should name, {bare} is named with eviction and {matched} with matching"
+    n, bare, matched, full = answers("ruler-4096-answers", "max_new_tokens=None")
+    return (
+        f"of what these {n} answers should name, {bare} is named with eviction, {matched} with matching and {full} "
+        "with the full cache."
+    )
 
 
 def readme_answers_sentence() -> str:
-    bare, matched = needle_answers(4096)
-    return f"the model answers {bare} right with eviction and {matched} with matching"
+    _, bare, matched, full = answers(*NEEDLE_ANSWERS[4096])
+    return f"the model answers {bare} right with eviction, {matched} with matching and {full} with the full cache"
 
 
 def text_sentence() -> str:
