@@ -15,6 +15,7 @@ import itertools
 import json
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,8 +23,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread
+from scipy import stats
 
 from evaluation.__main__ import main
+from evaluation.report.runs import read_results
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evaluation" / "results"
@@ -157,6 +160,70 @@ def ruler_row(press: str) -> str:
     return f"| {PRESSES[press]} | {' | '.join(cells)} |"
 
 
+ANSWERS = {1200: "needles", 4096: "ruler-4096-answers"}
+"""Where answers in texts of that length are."""
+NEEDLE = "single|multikey"
+"""What tasks are called that ask for one needle."""
+
+
+@functools.cache
+def answered(name: str) -> pd.DataFrame:
+    """A folder's answers, one a row: ``string_match`` is what it names of what it should, in per cent."""
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(RESULTS / name / "runs.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+        runs = read_results(Path(folder)).runs
+    tables = [
+        run.scores[["string_match"]].assign(
+            task=run.predictions["task"], k_len=run.config["data_dir"], press=run.press, kind=run.kind, level=run.level
+        )
+        for run in runs
+        if "string_match" in run.scores
+    ]
+    return pd.concat(tables).reset_index()
+
+
+def needle_answers(k_len: int) -> pd.DataFrame:
+    """One needle asked for, at three ratios."""
+    table = answered(ANSWERS[k_len])
+    return table[table["task"].str.contains(NEEDLE)]
+
+
+def ruler_answers() -> pd.DataFrame:
+    """All of RULER's tasks, at 0.5."""
+    table = answered(ANSWERS[4096])
+    return table[(table["level"] == "0.5") | (table["kind"] == "full")]
+
+
+def n_answers(table: pd.DataFrame) -> int:
+    """How many each of eviction and matching gave."""
+    (n,) = set(table["kind"].value_counts()[["bare", "matching"]])
+    return n
+
+
+def right(table: pd.DataFrame) -> list[float]:
+    """What is named of what should be, in per cent: with eviction, with matching, and with the full cache."""
+    return table.groupby("kind")["string_match"].mean().reindex(["bare", "matching", "full"]).tolist()
+
+
+def gain(table: pd.DataFrame) -> tuple[str, int, float]:
+    """Points that matching gains, with their standard error; over how many samples; and Wilcoxon's p."""
+    scores = table.pivot_table(index=["k_len", "task", "sample"], columns="kind", values="string_match")
+    points = scores["matching"] - scores["bare"]
+    return f"{points.mean():.1f} ± {points.sem():.1f}", len(points), stats.wilcoxon(points[points != 0]).pvalue
+
+
+def p_is(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.1g}"
+
+
+def score_row(press: str) -> str:
+    """docs/method.md: RULER's score at 0.5."""
+    table = ruler_answers()
+    table = table[table["press"] == press]
+    bare, matched, _ = right(table)
+    return f"| {PRESSES[press]} | {bare:.1f} | {matched:.1f} | {gain(table)[0]} |"
+
+
 def layer_row(k_len: int) -> str:
     """docs/speed.md: time and memory of one layer."""
     figures = json.loads((RESULTS / "speed" / "layers.json").read_text(encoding="utf-8"))
@@ -183,6 +250,7 @@ ROWS = [
     ("docs/method.md", functools.partial(needle_row, 1200, "kvzip", LEVELS[2:], 5)),
     *(("docs/method.md", functools.partial(ruler_row, press)) for press in MEASURED),
     *(("docs/method.md", functools.partial(larger_row, press)) for press in MEASURED_LARGER),
+    *(("docs/method.md", functools.partial(score_row, press)) for press in MEASURED),
     *(("docs/speed.md", functools.partial(layer_row, k_len)) for k_len in (8192, 16384, 32768)),
     *(("docs/speed.md", functools.partial(prefill_row, press)) for press in ("knorm", "snapkv", "adakv_snapkv")),
 ]
@@ -257,39 +325,49 @@ def needles_sentence(k_len: int) -> str:
     )
 
 
-def answers(name: str, benchmark: str) -> tuple[str, ...]:
-    """How many each kind gave, and how much they named of what they should: eviction, matching and the full cache."""
-    table = comparisons(name, "matching", benchmark, by_task=True)
-    table = table[table["metric"] == "string_match"]
-    full = mean_of(name, "string_match", "", "full", "", benchmark)
-    shares = (f"{share:.1f} %" for share in (table["bare"].mean(), table["merged"].mean(), full))
-    return f"{table['n_samples'].sum():,}", *shares
-
-
-NEEDLE_ANSWERS = {k_len: (name, "max_new_tokens=48") for k_len, name in zip(LENGTHS, ("needles", "ruler-4096-answers"))}
-
-
 def needle_answers_sentence(k_len: int) -> str:
-    name, benchmark = NEEDLE_ANSWERS[k_len]
-    n, bare, matched, full = answers(name, benchmark)
-    won = won_back(name, MEASURED, "matching", LEVELS[:3], benchmark)
+    table = needle_answers(k_len)
+    n, (bare, matched, full) = n_answers(table), right(table)
+    points, n_samples, p = gain(table)
+    by_level = [gain(table[table["level"] == level])[0] for level in LEVELS[:3]]
+    won = won_back(ANSWERS[k_len], MEASURED, "matching", LEVELS[:3], "max_new_tokens=48")
     return (
-        f"In {k_len:,} tokens, of {n} answers {bare} are right with eviction, {matched} with matching and {full} with "
-        f"the full cache; by their likelihoods {won} is won back."
+        f"In {k_len:,} tokens, of {n:,} answers {bare:.1f} % are right with eviction, {matched:.1f} % with matching "
+        f"and {full:.1f} % with the full cache; by their likelihoods {won} is won back. That is {points} points more "
+        f"over the {n_samples} samples (Wilcoxon, {p_is(p)}), by ratio {by_level[0]}, {by_level[1]} and {by_level[2]}."
     )
 
 
-def other_answers_sentence() -> str:
-    n, bare, matched, full = answers("ruler-4096-answers", "max_new_tokens=None")
+def both_lengths_sentence() -> str:
+    table = pd.concat(map(needle_answers, LENGTHS))
+    pairs = [pair for _, pair in table[table["kind"] != "full"].groupby(["press", "task"])]
+    fewer = [pair for pair in pairs if right(pair)[0] > right(pair)[1]]
+    worst = min(fewer, key=lambda pair: gain(pair)[2])
+    assert set(worst["press"]) == {"keydiff"}
+    assert set(worst["task"]) == {"niah_multikey_2"}
+    bare, matched, _ = right(worst)
     return (
-        f"of what these {n} answers should name, {bare} is named with eviction, {matched} with matching and {full} "
-        "with the full cache."
+        f"Both together: {gain(table)[0]}. With KeyDiff it answers fewer where a text is all needles (niah_multikey_2, "
+        f"both lengths: {matched:.0f} % for {bare:.0f} %; {p_is(gain(worst)[2])}, one of {len(pairs)} such pairs), "
+        "though the right answers are likelier there too."
     )
 
 
-def readme_answers_sentence() -> str:
-    _, bare, matched, full = answers(*NEEDLE_ANSWERS[4096])
-    return f"the model answers {bare} right with eviction, {matched} with matching and {full} with the full cache"
+def scores_sentence() -> str:
+    table = ruler_answers()
+    bare, matched, full = right(table)
+    points, n_samples, p = gain(table)
+    others = right(table[~table["task"].str.contains(NEEDLE)])
+    return (
+        f"Over these {n_answers(table)} answers it is {bare:.1f} with eviction and {matched:.1f} with matching, "
+        f"{points} points more over the {n_samples} samples (Wilcoxon, {p_is(p)}), and {full:.1f} with the full cache; "
+        f"over the five tasks that ask for several things {others[0]:.1f}, {others[1]:.1f} and {others[2]:.1f}."
+    )
+
+
+def readme_scores_sentence() -> str:
+    bare, matched, full = right(ruler_answers())
+    return f"the model scores {bare:.1f} with eviction, {matched:.1f} with matching and {full:.1f} with the full cache"
 
 
 def text_sentence() -> str:
@@ -309,13 +387,14 @@ def text_sentence() -> str:
 
 SENTENCES = [
     ("README.md", caption),
-    ("README.md", readme_answers_sentence),
+    ("README.md", readme_scores_sentence),
     ("docs/method.md", ruler_sentence),
     ("docs/method.md", ruler_tasks_sentence),
     ("docs/method.md", larger_sentence),
     *(("docs/method.md", functools.partial(needles_sentence, k_len)) for k_len in LENGTHS),
     *(("docs/method.md", functools.partial(needle_answers_sentence, k_len)) for k_len in LENGTHS),
-    ("docs/method.md", other_answers_sentence),
+    ("docs/method.md", both_lengths_sentence),
+    ("docs/method.md", scores_sentence),
     ("docs/method.md", text_sentence),
 ]
 
