@@ -31,6 +31,8 @@ from evaluation.report.runs import read_results
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evaluation" / "results"
 MODELS = {"smollm2": "SmolLM2", "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B"}
+RULER = "qwen2.5-coder-0.5b, n_samples=25"
+RULER_KVZIP = "qwen2.5-coder-0.5b, n_samples=3"
 LARGER = "qwen2.5-coder-1.5b"
 PRESSES = {
     "knorm": "Knorm",
@@ -42,10 +44,12 @@ PRESSES = {
     "streaming_llm": "StreamingLLM",
     "kvzip": "KVzip",
 }
-MEASURED = tuple(press for press in PRESSES if press not in ("kvzip", "streaming_llm"))
-"""Presses whose retrieval was measured."""
-MEASURED_LARGER = MEASURED[:4]
-"""Those measured with the larger model too."""
+ON_RULER = tuple(press for press in PRESSES if press != "kvzip")
+"""Presses measured on RULER at four ratios."""
+ON_NEEDLES = ON_RULER[:6]
+"""Those measured on its needles at three ratios, and by answers."""
+ON_LARGER = ON_RULER[:4]
+"""Those measured on RULER with the larger model too."""
 KINDS = ("merged", "matching")
 LEAST_LOSS = 0.05
 """Nats a token that eviction has to cost before a share of it means anything."""
@@ -107,10 +111,11 @@ def levels_of(press: str) -> tuple[str, ...]:
 def advice_row(press: str) -> str:
     """README, less the advice itself."""
     text = " / ".join(shares(press, kind, levels_of(press), "qwen2.5-coder-0.5b") for kind in KINDS)
-    ruler = ""
-    if press in MEASURED:
-        ruler = " / ".join(won_back("ruler-4096", [press], kind, LEVELS) for kind in KINDS)
-    return f"| {PRESSES[press]} | {ruler or 'not measured'} | {text} |"
+    if press == "kvzip":
+        ruler = f"not measured / {won_back('ruler-4096', [press], 'matching', LEVELS[3:], RULER_KVZIP)}"
+    else:
+        ruler = " / ".join(won_back("ruler-4096", [press], kind, LEVELS, RULER) for kind in KINDS)
+    return f"| {PRESSES[press]} | {ruler} | {text} |"
 
 
 def text_row(press: str, model: str) -> str:
@@ -146,15 +151,15 @@ def needle_row(k_len: int, press: str, levels: tuple[str, ...] = LEVELS[:3], n_s
     return f"| {PRESSES[press]} | {answer_cells('needles', press, levels, needle_benchmark(k_len, n_samples))} |"
 
 
-def larger_row(press: str) -> str:
-    """docs/method.md: RULER's tasks with the larger model."""
-    return f"| {PRESSES[press]} | {answer_cells('ruler-4096', press, LEVELS[1:3], LARGER)} |"
+def matching_row(benchmark: str, press: str, levels: tuple[str, ...]) -> str:
+    """docs/method.md: RULER's tasks, eviction and matching alone."""
+    return f"| {PRESSES[press]} | {answer_cells('ruler-4096', press, levels, benchmark)} |"
 
 
 def ruler_row(press: str) -> str:
     """docs/method.md: the answers' negative log-likelihood over RULER's tasks, bare, merging and matching."""
     cells = [
-        " / ".join(f"{mean_of('ruler-4096', 'answer_nll', press, kind, level):.2f}" for kind in ("bare", *KINDS))
+        " / ".join(f"{mean_of('ruler-4096', 'answer_nll', press, kind, level, RULER):.2f}" for kind in ("bare", *KINDS))
         for level in LEVELS
     ]
     return f"| {PRESSES[press]} | {' | '.join(cells)} |"
@@ -246,11 +251,12 @@ def prefill_row(press: str) -> str:
 ROWS = [
     *(("README.md", functools.partial(advice_row, press)) for press in PRESSES),
     *(("docs/method.md", functools.partial(text_row, press, model)) for model in MODELS for press in PRESSES),
-    *(("docs/method.md", functools.partial(needle_row, k_len, press)) for k_len in LENGTHS for press in MEASURED),
+    *(("docs/method.md", functools.partial(needle_row, k_len, press)) for k_len in LENGTHS for press in ON_NEEDLES),
     ("docs/method.md", functools.partial(needle_row, 1200, "kvzip", LEVELS[2:], 5)),
-    *(("docs/method.md", functools.partial(ruler_row, press)) for press in MEASURED),
-    *(("docs/method.md", functools.partial(larger_row, press)) for press in MEASURED_LARGER),
-    *(("docs/method.md", functools.partial(score_row, press)) for press in MEASURED),
+    *(("docs/method.md", functools.partial(ruler_row, press)) for press in ON_RULER),
+    ("docs/method.md", functools.partial(matching_row, RULER_KVZIP, "kvzip", LEVELS[3:])),
+    *(("docs/method.md", functools.partial(matching_row, LARGER, press, LEVELS[1:3])) for press in ON_LARGER),
+    *(("docs/method.md", functools.partial(score_row, press)) for press in ON_NEEDLES),
     *(("docs/speed.md", functools.partial(layer_row, k_len)) for k_len in (8192, 16384, 32768)),
     *(("docs/speed.md", functools.partial(prefill_row, press)) for press in ("knorm", "snapkv", "adakv_snapkv")),
 ]
@@ -279,8 +285,8 @@ def verdicts(name: str, kind: str, benchmark: str, *, by_task: bool = False) -> 
 
 def caption() -> str:
     """README, below the picture."""
-    n, better, worse = verdicts("ruler-4096", "matching", "0.5b")
-    _, merging_better, merging_worse = verdicts("ruler-4096", "merged", "0.5b")
+    n, better, worse = verdicts("ruler-4096", "matching", RULER)
+    _, merging_better, merging_worse = verdicts("ruler-4096", "merged", RULER)
     return (
         f"Matching is better in {better} of these {n} cells and worse in {worse}, merging better in {merging_better} "
         f"and worse in {merging_worse} (p < 0.05)."
@@ -288,9 +294,9 @@ def caption() -> str:
 
 
 def ruler_sentence() -> str:
-    n, better, worse = verdicts("ruler-4096", "matching", "0.5b")
-    _, merging_better, merging_worse = verdicts("ruler-4096", "merged", "0.5b")
-    matching, merging = (won_back("ruler-4096", MEASURED, kind, LEVELS) for kind in ("matching", "merged"))
+    n, better, worse = verdicts("ruler-4096", "matching", RULER)
+    _, merging_better, merging_worse = verdicts("ruler-4096", "merged", RULER)
+    matching, merging = (won_back("ruler-4096", ON_RULER, kind, LEVELS, RULER) for kind in ("matching", "merged"))
     return (
         f"Over all {n} cells, matching wins back {matching} of what eviction adds and merging {merging}; at p < 0.05 "
         f"matching is better in {better} and worse in {worse}, merging better in {merging_better} and worse in "
@@ -299,16 +305,40 @@ def ruler_sentence() -> str:
 
 
 def ruler_tasks_sentence() -> str:
-    table = comparisons("ruler-4096", "matching", "0.5b", by_task=True)
+    table = comparisons("ruler-4096", "matching", RULER, by_task=True)
     return (
         f"By more than its interval it is worse in {(table['low'] > 0).sum()} of the {len(table)} pairs of task and "
         f"cell, better in {(table['high'] < 0).sum()}."
     )
 
 
+def without_common_words_sentence() -> str:
+    table = pd.read_csv(RESULTS / "ruler-4096" / "scores.csv")
+    table = table[table["benchmark"].str.endswith(RULER_KVZIP) & (table["metric"] == "answer_nll")]
+    means = table[table["task"] != "cwe"].groupby("kind")["mean"].mean()
+    won = (means["bare"] - means["matching"]) / (means["bare"] - means["full"])
+    return f"without it KVzip has {means['bare']:.2f} → {means['matching']:.2f} ({won:.0%})".replace("%", " %") + "."
+
+
+def streaming_sentence() -> str:
+    table = pd.read_csv(RESULTS / "ruler-4096" / "scores.csv", dtype={"level": str})
+    table = table[(table["press"] == "streaming_llm") & (table["metric"] == "answer_nll")]
+    is_words = table["task"].isin(["cwe", "fwe"])
+    others, words = (part.groupby(["level", "kind"])["mean"].mean() for part in (table[~is_words], table[is_words]))
+    told = [
+        f"{part[level, 'bare']:.2f} to {part[level, 'matching']:.2f}"
+        for part in (others, words)
+        for level in (LEVELS[0], LEVELS[3])
+    ]
+    return (
+        f"over the nine tasks without lists of words matching takes {told[0]} nats at 0.25 and {told[1]} at 0.88. What "
+        f"it wins back are the lists (cwe and fwe), {told[2]} and {told[3]}."
+    )
+
+
 def larger_sentence() -> str:
     n, better, worse = verdicts("ruler-4096", "matching", "1.5b")
-    won = won_back("ruler-4096", MEASURED_LARGER, "matching", LEVELS[1:3], LARGER)
+    won = won_back("ruler-4096", ON_LARGER, "matching", LEVELS[1:3], LARGER)
     return f"matching wins back {won} over all, is better in {better} of {n} cells and worse in {worse}."
 
 
@@ -316,8 +346,8 @@ def needles_sentence(k_len: int) -> str:
     benchmark = needle_benchmark(k_len)
     n, better, worse = verdicts("needles", "matching", benchmark)
     n_pairs, pairs_better, pairs_worse = verdicts("needles", "matching", benchmark, by_task=True)
-    by_level = [won_back("needles", MEASURED, "matching", (level,), benchmark) for level in LEVELS[:3]]
-    overall = won_back("needles", MEASURED, "matching", LEVELS[:3], benchmark)
+    by_level = [won_back("needles", ON_NEEDLES, "matching", (level,), benchmark) for level in LEVELS[:3]]
+    overall = won_back("needles", ON_NEEDLES, "matching", LEVELS[:3], benchmark)
     return (
         f"In {k_len:,} tokens matching is better in {better} of {n} cells and worse in {worse}; of their {n_pairs} "
         f"pairs of task and cell {pairs_better} are better and {pairs_worse} worse. It wins back {by_level[0]} at the "
@@ -330,7 +360,7 @@ def needle_answers_sentence(k_len: int) -> str:
     n, (bare, matched, full) = n_answers(table), right(table)
     points, n_samples, p = gain(table)
     by_level = [gain(table[table["level"] == level])[0] for level in LEVELS[:3]]
-    won = won_back(ANSWERS[k_len], MEASURED, "matching", LEVELS[:3], "max_new_tokens=48")
+    won = won_back(ANSWERS[k_len], ON_NEEDLES, "matching", LEVELS[:3], "max_new_tokens=48")
     return (
         f"In {k_len:,} tokens, of {n:,} answers {bare:.1f} % are right with eviction, {matched:.1f} % with matching "
         f"and {full:.1f} % with the full cache; by their likelihoods {won} is won back. That is {points} points more "
@@ -390,6 +420,8 @@ SENTENCES = [
     ("README.md", readme_scores_sentence),
     ("docs/method.md", ruler_sentence),
     ("docs/method.md", ruler_tasks_sentence),
+    ("docs/method.md", without_common_words_sentence),
+    ("docs/method.md", streaming_sentence),
     ("docs/method.md", larger_sentence),
     *(("docs/method.md", functools.partial(needles_sentence, k_len)) for k_len in LENGTHS),
     *(("docs/method.md", functools.partial(needle_answers_sentence, k_len)) for k_len in LENGTHS),
