@@ -56,10 +56,16 @@ LEAST_LOSS = 0.05
 
 
 @functools.cache
+def task_means(name: str, metric: str) -> pd.DataFrame:
+    """``scores.csv`` of a folder: a row each run and task."""
+    table = pd.read_csv(RESULTS / name / "scores.csv", dtype={"level": str})
+    return table[table["metric"] == metric]
+
+
+@functools.cache
 def means(name: str, metric: str) -> pd.DataFrame:
     """Mean over tasks of each run of a folder: columns ``benchmark``, ``press``, ``kind``, ``level`` and ``mean``."""
-    table = pd.read_csv(RESULTS / name / "scores.csv", dtype={"level": str})
-    table = table[table["metric"] == metric]
+    table = task_means(name, metric)
     keys = ["benchmark", "press", "kind", "level"]
     return table.groupby(keys, dropna=False, sort=False)["mean"].mean().reset_index()
 
@@ -171,12 +177,18 @@ NEEDLE = "single|multikey"
 """What tasks are called that ask for one needle."""
 
 
+def unpack(name: str, folder: Path) -> Path:
+    """Put the runs that are packed beside a report into a folder, and return it."""
+    with tarfile.open(RESULTS / name / "runs.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
 @functools.cache
 def answered(name: str) -> pd.DataFrame:
     """A folder's answers, one a row: ``string_match`` is what it names of what it should, in per cent."""
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(RESULTS / name / "runs.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
-        runs = read_results(Path(folder)).runs
+    with tempfile.TemporaryDirectory() as folder:
+        runs = read_results(unpack(name, Path(folder))).runs
     tables = [
         run.scores[["string_match"]].assign(
             task=run.predictions["task"], k_len=run.config["data_dir"], press=run.press, kind=run.kind, level=run.level
@@ -313,8 +325,8 @@ def ruler_tasks_sentence() -> str:
 
 
 def without_common_words_sentence() -> str:
-    table = pd.read_csv(RESULTS / "ruler-4096" / "scores.csv")
-    table = table[table["benchmark"].str.endswith(RULER_KVZIP) & (table["metric"] == "answer_nll")]
+    table = task_means("ruler-4096", "answer_nll")
+    table = table[table["benchmark"].str.endswith(RULER_KVZIP)]
     by_task = table.pivot(index="task", columns="kind", values="mean")
     bare, matched, full = by_task.drop("cwe")[["bare", "matching", "full"]].mean()
     fwe, vt = (by_task["matching"] - by_task["bare"])[["fwe", "vt"]]
@@ -325,8 +337,8 @@ def without_common_words_sentence() -> str:
 
 
 def streaming_sentence() -> str:
-    table = pd.read_csv(RESULTS / "ruler-4096" / "scores.csv", dtype={"level": str})
-    table = table[(table["press"] == "streaming_llm") & (table["metric"] == "answer_nll")]
+    table = task_means("ruler-4096", "answer_nll")
+    table = table[table["press"] == "streaming_llm"]
     is_words = table["task"].isin(["cwe", "fwe"])
     others, words = (part.groupby(["level", "kind"])["mean"].mean() for part in (table[~is_words], table[is_words]))
     told = [
@@ -458,9 +470,8 @@ def test_a_committed_report_is_what_its_runs_give_to_the_byte(page, tmp_path):
     assert len(drawn_by) == 3
     if any(importlib.metadata.version(name) != version for name, version in drawn_by.items()):
         pytest.skip(f"drawn with {drawn_by}")
-    with tarfile.open(page.parent / "runs.tar.xz") as archive:
-        archive.extractall(tmp_path / "runs", filter="data")
-    main(["report", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "report")])
+    runs = unpack(page.parent.name, tmp_path / "runs")
+    main(["report", str(runs), "--output_dir", str(tmp_path / "report")])
     for file in page.parent.iterdir():
         drawn = tmp_path / "report" / file.name
         if file.suffix == ".csv":  # all digits, of which the last are the processor's
