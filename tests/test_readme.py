@@ -31,8 +31,9 @@ NEEDS = {"hub", "gpu", "hour"}
 
 LITTLE_WORK = {
     "demo": "--n_contexts=1 --context_length=128 --continuation_length=2 --device=cpu --quiet",
+    "gpu": "--quick",
     "run": "--n_samples=1 --data_dir=512 --device=cpu --quiet",
-    "speed": "--k_len 64 --num_key_value_heads 1 --compression_ratio 0.5 --dtype float32 --repeats 1 --devices cpu",
+    "speed": "--k_len 64 --num_key_value_heads 1 --compression_ratio 0.5 --dtype float32 --repeats 1",
     "sweep": "--dry_run",
 }
 """Flags that come after those of a command and win over them."""
@@ -147,7 +148,7 @@ def test_what_is_to_be_typed_can_be_typed(block, model, tokenizer, checkout, mon
         assert name == BUILT_IN_MODEL, f"{block.place}: {name} comes from a hub, mark it with <!-- needs: hub -->"
         return model, tokenizer
 
-    for user in ("demo", "evaluate", "speed"):
+    for user in ("demo", "evaluate", "models"):
         monkeypatch.setattr(importlib.import_module(f"evaluation.{user}"), "load_model", load)
     for words in commands(block.text):
         program = Path(words[0]).name

@@ -4,22 +4,20 @@
 Time and memory of the cosine blend next to kvpress's own ``MergingPress.merge``, on this machine, in one run.
 
 ``python -m evaluation speed`` runs these subjects on the same keys, values and kept positions, over context, heads,
-ratio and dtype, on the CPU and on a GPU if there is one:
+ratio and dtype, on the CPU (``python -m evaluation gpu`` measures on a GPU):
 
 - *eviction*: gathering the survivors and nothing else. It is outside in all others;
 - *kvpress*: ``kvpress.MergingPress(KnormPress(ratio)).merge``;
 - *ours*: finding the evicted positions and ``cosine_blend``, with equal parameters and ``kernel="torch"``;
 - *matching*: ``attention_match`` in place of the blend, with as many queries as by default;
-- *ours-triton* (GPU): *ours* with ``kernel="triton"``;
 - *product*: one matrix product per head of all evicted with all surviving keys, and nothing else: the floor of any
   exact search that asks the BLAS for it (in pieces of 1 GiB where it is larger);
-- *tiles* (CPU): the same products in the tiles that ours takes them in;
-- *attention* (GPU): causal attention of four query heads per KV head over the same context, as a prefill has it.
+- *tiles*: the same products in the tiles that ours takes them in.
 
 Times are taken in rounds that run every subject once, and ratios are medians over rounds, so that a busy machine hurts
-all alike. Extra memory is the growth of the peak during one call: of a fresh process on a CPU (Linux; elsewhere it is
-left out), of PyTorch's allocator on a GPU. --prefill times whole prefills as well. Beside the times stand the
-operations that a press asks of the device for each layer, which no noise touches. Writes speed.json and speed.png.
+all alike. Extra memory is the growth of the peak of a fresh process during one call (on Linux; elsewhere it is left
+out). --prefill times whole prefills as well. Beside the times stand the operations that a press asks of the device for
+each layer, which no noise touches. Writes speed.json and speed.png.
 """
 
 # ruff: noqa: RUF009
@@ -38,19 +36,15 @@ from typing import Any
 import numpy as np
 import torch
 from kvpress import SnapKVPress
-from rich.console import Console
 
 from evaluation.cli import fail, parse_config
 from evaluation.files import write_folder
-from evaluation.models import BUILT_IN_MODEL, ModelUnavailableError, load_model
 from evaluation.speed.operations import operations_table
 from evaluation.speed.prefill import INNER_PRESSES, measure_prefill
-from evaluation.speed.show import plot, show
 from evaluation.speed.subjects import DTYPES, SUBJECTS, Cell, measure_extra_bytes, measure_seconds
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
 
-DEVICES = ("cpu", "cuda")
-NO_GPU = "no GPU on this machine: run the same command on one"
+# What comes with the extra "eval" is imported where it is used: ``evaluation.gpu`` takes from this folder without it.
 
 
 def _list(values: Sequence[Any], help: str) -> Any:
@@ -65,11 +59,10 @@ class SpeedArguments:
     num_key_value_heads: list[int] = _list([8], "KV heads.")
     compression_ratio: list[float] = _list([0.5], "Share of the tokens evicted, in (0, 1).")
     dtype: list[str] = _list(["bfloat16"], f"Of the cache: {', '.join(DTYPES)}.")
-    devices: list[str] = _list(DEVICES, f"Where: {', '.join(DEVICES)}.")
     subjects: list[str] = _list(list(SUBJECTS), f"What: {', '.join(SUBJECTS)}.")
     head_dim: int = field(default=128, metadata={"help": "Length of a key or value."})
     prefill: list[int] = _list([], "Tokens of whole prefills to time, for instance 1024 4096 8192.")
-    model: str = field(default=BUILT_IN_MODEL, metadata={"help": "For --prefill: built in, a folder or a hub id."})
+    model: str = field(default="smollm2", metadata={"help": "For --prefill: built in, a folder or a hub id."})
     repeats: int = field(default=3, metadata={"help": "Rounds after one to warm up."})
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves PyTorch's choice."})
     tile_bytes: int = field(default=DEFAULT_TILE_BYTES, metadata={"help": "Max bytes of one tile of cosines."})
@@ -89,7 +82,7 @@ class SpeedArguments:
                 raise ValueError(f"prefill must be more than SnapKV's window of {window} tokens, got {k_len}")
         if self.threads < 0:
             raise ValueError(f"threads must be at least 0, got {self.threads}")
-        for name, allowed in (("dtype", DTYPES), ("devices", DEVICES), ("subjects", SUBJECTS)):
+        for name, allowed in (("dtype", DTYPES), ("subjects", SUBJECTS)):
             for value in getattr(self, name):
                 if value not in allowed:
                     raise ValueError(f"{name} must be among {', '.join(allowed)}, got {value!r}")
@@ -99,10 +92,10 @@ class SpeedArguments:
 
     def cells(self) -> list[Cell]:
         """The grid, the context varying fastest."""
-        axes = self.devices, self.dtype, self.num_key_value_heads, self.compression_ratio, sorted(set(self.k_len))
+        axes = self.dtype, self.num_key_value_heads, self.compression_ratio, sorted(set(self.k_len))
         return [
-            Cell(device, k_len, heads, self.head_dim, ratio, dtype)
-            for device, dtype, heads, ratio, k_len in itertools.product(*axes)
+            Cell("cpu", k_len, heads, self.head_dim, ratio, dtype)
+            for dtype, heads, ratio, k_len in itertools.product(*axes)
         ]
 
 
@@ -112,7 +105,6 @@ def measure(arguments: SpeedArguments) -> dict[str, Any]:
         torch.set_num_threads(arguments.threads)
     machine = {
         "processor": platform.processor() or platform.machine(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
@@ -121,23 +113,22 @@ def measure(arguments: SpeedArguments) -> dict[str, Any]:
     # First, so that a model that is not there is told before minutes of layers.
     prefills = []
     if arguments.prefill:
+        from evaluation.models import load_model
+
         model, _ = load_model(arguments.model)
         for k_len, ratio, name in itertools.product(arguments.prefill, arguments.compression_ratio, INNER_PRESSES):
             measured = measure_prefill(model, k_len, ratio, arguments.repeats, name)
             prefills.append({"device": str(model.device), **measured})
     rows: list[dict[str, Any]] = []
     for cell in arguments.cells():
-        if cell.device == "cuda" and not torch.cuda.is_available():
-            rows.append({**asdict(cell), "subject": "all", "note": NO_GPU})
-        else:
-            rows += measure_cell(cell, arguments)
+        rows += measure_cell(cell, arguments)
     figures = {"layers": rows, "growth": growth(rows), "prefills": prefills, "operations": operations_table()}
     return {"arguments": asdict(arguments), "machine": machine, **figures}
 
 
 def measure_cell(cell: Cell, arguments: SpeedArguments) -> list[dict[str, Any]]:
     """
-    A row for each subject that there is on the cell's device.
+    A row for each subject.
 
     Returns
     -------
@@ -145,31 +136,23 @@ def measure_cell(cell: Cell, arguments: SpeedArguments) -> list[dict[str, Any]]:
         The cell's fields and ``subject``; ``seconds`` of each round and their median; the median ratios
         ``time_to_kvpress`` and ``share_of_product_rate``; ``products_per_second`` (multiplications and additions of the
         products that an exact search needs, over the median); ``extra_bytes`` and ``memory_to_kvpress``. None where the
-        other subject was not run. A subject that ran out of memory has a ``note`` instead.
+        other subject was not run.
     """
-    names = [name for name in SUBJECTS if name in arguments.subjects and cell.device in SUBJECTS[name].devices]
-    seconds, notes = measure_seconds(cell, names, arguments.repeats, arguments.tile_bytes)
-    extra = {name: measure_extra_bytes(cell, name, arguments.tile_bytes, arguments.threads) for name in seconds}
+    names = [name for name in SUBJECTS if name in arguments.subjects]
+    rounds = measure_seconds(cell, names, arguments.repeats, arguments.tile_bytes)
+    extra = {name: measure_extra_bytes(cell, name, arguments.tile_bytes, arguments.threads) for name in names}
     operations = 2 * cell.num_key_value_heads * cell.n_kept * cell.n_evicted * cell.head_dim
-
-    def median_ratio(numerator: str, denominator: str) -> float | None:
-        if numerator not in seconds or denominator not in seconds:
-            return None
-        return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator]))
 
     rows: list[dict[str, Any]] = []
     for name in names:
         row: dict[str, Any] = {**asdict(cell), "subject": name}
-        if name in notes:
-            rows.append({**row, "note": notes[name]})
-            continue
         n_bytes, kvpress_bytes = extra[name], extra.get("kvpress")
-        searches = name not in ("eviction", "matching", "attention")
-        median = statistics.median(seconds[name])
-        row |= {"seconds": seconds[name], "median_seconds": median, "extra_bytes": n_bytes}
-        row["time_to_kvpress"] = median_ratio(name, "kvpress")
+        searches = name not in ("eviction", "matching")
+        median = statistics.median(rounds.seconds[name])
+        row |= {"seconds": rounds.seconds[name], "median_seconds": median, "extra_bytes": n_bytes}
+        row["time_to_kvpress"] = rounds.median_ratio(name, "kvpress")
         row["memory_to_kvpress"] = n_bytes / kvpress_bytes if n_bytes is not None and kvpress_bytes else None
-        row["share_of_product_rate"] = median_ratio("product", name) if searches else None
+        row["share_of_product_rate"] = rounds.median_ratio("product", name) if searches else None
         row["products_per_second"] = operations / median if searches else None
         rows.append(row)
     return rows
@@ -185,7 +168,7 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     fields = ("device", "num_key_value_heads", "head_dim", "compression_ratio", "dtype", "subject")
     groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in sorted((row for row in rows if "note" not in row), key=lambda row: row["k_len"]):
+    for row in sorted(rows, key=lambda row: row["k_len"]):
         groups.setdefault(tuple((name, row[name]) for name in fields), []).append(row)
     grown = []
     for key, group in groups.items():
@@ -199,6 +182,11 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str]) -> None:
     """Time everything with command-line arguments."""
+    from rich.console import Console
+
+    from evaluation.model_files import ModelUnavailableError
+    from evaluation.speed.show import plot, show
+
     arguments = parse_config(SpeedArguments, argv, prog="python -m evaluation speed", description=__doc__ or "")
     try:
         figures = measure(arguments)

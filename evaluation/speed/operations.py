@@ -34,6 +34,10 @@ EVICTIONS: Mapping[str, Callable[[float], BasePress]] = {
 """An inner press for each kind of eviction."""
 
 
+MASK_INDEX = "index by a mask"
+"""What an operation is called whose index is a mask: how much it finds has to be read from the mask first."""
+
+
 class OperationCounter(TorchDispatchMode):
     """
     Counts operations that are no views while it is entered.
@@ -57,14 +61,23 @@ class OperationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if not func.is_view:
-            self.by_line[self._line(), func.overloadpacket.__name__] += 1
+            name = func.overloadpacket.__name__
+            self.by_line[self.line(), MASK_INDEX if _indexes_by_mask(name, args) else name] += 1
         return func(*args, **(kwargs or {}))
 
-    def _line(self) -> str:
+    def line(self) -> str:
+        """The line of code that asks for what is just being counted, by whoever calls this."""
         frame = sys._getframe(2)
         while frame is not None and self.folder not in frame.f_code.co_filename:
             frame = frame.f_back  # type: ignore[assignment]
         return "elsewhere" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def _indexes_by_mask(name: str, args: tuple) -> bool:
+    return name.startswith("index") and any(
+        isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+        for index in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+    )
 
 
 def tiny_llama(num_key_value_heads: int, num_hidden_layers: int = 2) -> PreTrainedModel:

@@ -5,27 +5,27 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from kvpress import AdaKVPress, BasePress, KnormPress, SnapKVPress
-from transformers import DynamicCache, PreTrainedModel
+from kvpress import AdaKVPress, BasePress, ExpectedAttentionPress, KnormPress, SnapKVPress
+from transformers import PreTrainedModel
 
-from evaluation.prefill import synchronize
+from evaluation.prefill import prefill
+from evaluation.speed.rounds import Call, time_in_rounds
 from kvpress_merging import AttentionMatchingPress, MergingPress
 
 INNER_PRESSES: dict[str, Callable[[float], BasePress]] = {
     "knorm": KnormPress,
     "snapkv": SnapKVPress,
     "adakv_snapkv": lambda compression_ratio: AdaKVPress(SnapKVPress(compression_ratio)),
+    "expected_attention": ExpectedAttentionPress,
 }
 """Whose prefills are timed, bare and with ours around them. To time one press more, add it here."""
 
 
-@torch.no_grad()
 def measure_prefill(
     model: PreTrainedModel, k_len: int, compression_ratio: float, repeats: int, name: str = "knorm"
 ) -> dict[str, Any]:
@@ -37,29 +37,21 @@ def measure_prefill(
     """
     bare = INNER_PRESSES[name](compression_ratio)
     presses = {"full": None, "bare": bare, "merged": MergingPress(bare), "matched": AttentionMatchingPress(bare)}
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(model.config.vocab_size, (1, k_len), generator=generator).to(model.device)
-    seconds: dict[str, list[float]] = {}
-    for i in range(repeats + 1):
-        for kind, press in presses.items():
-            cache = DynamicCache()
-            with press(model) if press is not None else nullcontext():
-                synchronize(model.device)
-                start = time.perf_counter()
-                # The body alone, as kvpress's pipeline prefills: logits of a context are of no use.
-                model.base_model(input_ids=input_ids, past_key_values=cache)
-                synchronize(model.device)
-                if i > 0:
-                    seconds.setdefault(kind, []).append(time.perf_counter() - start)
+    rounds = time_in_rounds(prefills(model, k_len, presses), model.device, repeats)
     return {
         "press": name,
         "k_len": k_len,
         "compression_ratio": compression_ratio,
-        "seconds": seconds,
-        "median_seconds": {kind: statistics.median(values) for kind, values in seconds.items()},
+        "seconds": rounds.seconds,
+        "median_seconds": {kind: statistics.median(values) for kind, values in rounds.seconds.items()},
         "overhead": {
-            kind: statistics.median(with_ours / alone for with_ours, alone in zip(seconds[kind], seconds["bare"])) - 1
-            for kind in seconds
-            if kind not in ("full", "bare")
+            kind: statistics.median(rounds.ratios(kind, "bare")) - 1 for kind in presses if kind not in ("full", "bare")
         },
     }
+
+
+def prefills(model: PreTrainedModel, k_len: int, presses: Mapping[str, BasePress | None]) -> dict[str, Call]:
+    """Calls that prefill the same random tokens, each with one of the presses: that of no press is the full cache."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(model.config.vocab_size, (1, k_len), generator=generator).to(model.device)
+    return {kind: partial(prefill, model, input_ids, press) for kind, press in presses.items()}

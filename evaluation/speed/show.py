@@ -16,15 +16,12 @@ from evaluation.speed.subjects import SUBJECTS
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
-    """Print what ``evaluation.speed.measure`` found: a table for each device, dtype, number of heads and ratio."""
+    """Print what ``evaluation.speed.measure`` found: a table for each dtype, number of heads and ratio."""
     arguments, machine = figures["arguments"], figures["machine"]
     exponents = {(_group(row), row["subject"]): row["exponent"] for row in figures["growth"]}
     rows = figures["layers"]
     for group in dict.fromkeys(map(_group, rows)):
         of_group = [row for row in rows if _group(row) == group]
-        if all("note" in row and row["subject"] == "all" for row in of_group):
-            console.print(f"{group}: {of_group[0]['note']}")
-            continue
         table = Table(title=f"{group}, head_dim {arguments['head_dim']}", box=box.HORIZONTALS, pad_edge=False)
         table.add_column("tokens", justify="right")
         table.add_column("subject")
@@ -35,23 +32,20 @@ def show(figures: dict[str, Any], console: Console) -> None:
             if before not in (None, row["k_len"]):
                 table.add_section()
             before = row["k_len"]
-            if "note" in row:
-                cells = [row["note"]]
-            else:
-                n_bytes = row["extra_bytes"]
-                cells = [
-                    f"{row['median_seconds']:.3g} s",
-                    "not measured" if n_bytes is None else f"{n_bytes / 1e6:,.0f} MB",
-                    _or_nothing(row["time_to_kvpress"], ".3f"),
-                    _or_nothing(row["memory_to_kvpress"], ".3f"),
-                    _or_nothing(row["share_of_product_rate"], ".0%"),
-                    _or_nothing(exponents.get((group, row["subject"])), ".2f"),
-                ]
+            n_bytes = row["extra_bytes"]
+            cells = [
+                f"{row['median_seconds']:.3g} s",
+                "not measured" if n_bytes is None else f"{n_bytes / 1e6:,.0f} MB",
+                _or_nothing(row["time_to_kvpress"], ".3f"),
+                _or_nothing(row["memory_to_kvpress"], ".3f"),
+                _or_nothing(row["share_of_product_rate"], ".0%"),
+                _or_nothing(exponents.get((group, row["subject"])), ".2f"),
+            ]
             table.add_row(f"{row['k_len']:,}", row["subject"], *cells)
         console.print(table)
     console.print(
-        f"Medians of {arguments['repeats']}; {machine['threads']} CPU threads; GPU: {machine['gpu'] or 'none'}; "
-        f"torch {machine['torch']}; load average before: {machine['load_before']:.1f}."
+        f"Medians of {arguments['repeats']}; {machine['threads']} CPU threads; torch {machine['torch']}; "
+        f"load average before: {machine['load_before']:.1f}."
     )
     operations = Table(title="Operations for each layer over the bare press, 1,024 tokens", box=box.HORIZONTALS)
     for heading in ("press", "eviction", "KV heads", "batch rows", "operations"):
@@ -76,7 +70,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
 
 def _group(row: dict[str, Any]) -> str:
     """What a row's layer is, but for its length."""
-    return f"{row['device']}, {row['dtype']}, {row['num_key_value_heads']} heads, ratio {row['compression_ratio']}"
+    return f"{row['dtype']}, {row['num_key_value_heads']} heads, ratio {row['compression_ratio']}"
 
 
 def _or_nothing(value: float | None, form: str) -> str:
@@ -84,8 +78,8 @@ def _or_nothing(value: float | None, form: str) -> str:
 
 
 def plot(figures: dict[str, Any]) -> Figure:
-    """Time and extra memory against the context, one column for each device, dtype, number of heads and ratio."""
-    rows = [row for row in figures["layers"] if "note" not in row]
+    """Time and extra memory against the context, one column for each dtype, number of heads and ratio."""
+    rows = figures["layers"]
     groups = list(dict.fromkeys(map(_group, rows)))
     names = [name for name in SUBJECTS if any(row["subject"] == name for row in rows)]
     figure = Figure(figsize=(4 * max(1, len(groups)) + 1, 6.5), layout="constrained")

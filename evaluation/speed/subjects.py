@@ -1,24 +1,22 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""What ``python -m evaluation speed`` times on one cache layer, and how: each subject a call on the same inputs."""
+"""What is timed on one cache layer, and how: each subject a call on the same inputs."""
 
 from __future__ import annotations
 
 import functools
 import gc
 import multiprocessing
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from kvpress import KnormPress, MergingPress
 
-from evaluation.prefill import synchronize
+from evaluation.speed.rounds import Call, Rounds, time_in_rounds
 from kvpress_merging import AttentionMatchingPress
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
@@ -29,8 +27,9 @@ from kvpress_merging.kernels.tiles import tile_shape
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# Query heads for each KV head, as models with 8 billion parameters have them.
-_QUERY_HEADS = 4
+QUERY_HEADS = 4
+"""Query heads for each KV head, as models with 8 billion parameters have them."""
+
 # Cosines of one piece of the bare product: 1 GiB.
 _PRODUCT_PIECE = 2**28
 
@@ -69,16 +68,16 @@ class Inputs:
     @classmethod
     def of(cls, cell: Cell) -> Inputs:
         """Random ones that depend on the cell alone."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(cell.device).manual_seed(0)
         shape = (1, cell.num_key_value_heads, cell.k_len, cell.head_dim)
         keys = torch.empty(shape, dtype=DTYPES[cell.dtype], device=cell.device)
         values = torch.empty_like(keys)
         # Head by head, so that a float32 copy of all heads does not raise the peak before the measurement.
         for tensor in (keys, values):
             for h in range(cell.num_key_value_heads):
-                tensor[:, h] = torch.randn(1, *shape[2:], generator=generator).to(tensor)
-        scores = torch.rand(shape[:3], generator=generator)
-        return cls(cell, keys, values, scores.topk(cell.n_kept, dim=-1).indices.to(cell.device))
+                tensor[:, h] = torch.randn(1, *shape[2:], generator=generator, device=cell.device)
+        scores = torch.rand(shape[:3], generator=generator, device=cell.device)
+        return cls(cell, keys, values, scores.topk(cell.n_kept, dim=-1).indices)
 
     def gather_kept(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What the bare press leaves."""
@@ -90,29 +89,29 @@ class Inputs:
         return Eviction.from_kept(self.kept, self.cell.k_len)
 
 
-Call = Callable[[], Any]
-
-
 def _kvpress(inputs: Inputs, tile_bytes: int) -> Call:
     press = MergingPress(KnormPress(inputs.cell.compression_ratio))
     return lambda: press.merge(inputs.keys, inputs.values, inputs.kept)
 
 
-def _ours(inputs: Inputs, tile_bytes: int, kernel: str = "torch") -> Call:
+def merging(inputs: Inputs, tile_bytes: int = DEFAULT_TILE_BYTES, kernel: str = "torch") -> Call:
+    """Finding the evicted positions and the blend."""
     layer = (inputs.keys, inputs.values, *inputs.gather_kept())
     return lambda: cosine_blend(*layer, inputs.eviction(), tile_bytes=tile_bytes, kernel=kernel)
 
 
-def _matching(inputs: Inputs, tile_bytes: int) -> Call:
+def matching(inputs: Inputs, tile_bytes: int = DEFAULT_TILE_BYTES) -> Call:
+    """Finding the evicted positions and the match, with as many queries as by default."""
     cell = inputs.cell
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(cell.device).manual_seed(1)
     shape = (1, cell.num_key_value_heads, AttentionMatchingPress.n_queries, cell.head_dim)
-    queries = (torch.randn(shape, generator=generator) * cell.head_dim**-0.5).to(cell.device)
+    queries = torch.randn(shape, generator=generator, device=cell.device) * cell.head_dim**-0.5
     layer, ridge = (inputs.keys, inputs.values, *inputs.gather_kept()), AttentionMatchingPress.key_ridge
     return lambda: attention_match(*layer, queries, queries, inputs.eviction(), key_ridge=ridge)
 
 
-def _products(inputs: Inputs, tile_bytes: int, in_tiles: bool = False) -> Call:
+def bare_products(inputs: Inputs, tile_bytes: int = DEFAULT_TILE_BYTES, in_tiles: bool = False) -> Call:
+    """One product per head of all evicted with all surviving keys, in pieces or in the tiles of the search."""
     cell, keys = inputs.cell, inputs.keys
     n_rows, n_columns = cell.n_kept, max(1, min(cell.n_evicted, _PRODUCT_PIECE // cell.n_kept))
     if in_tiles:
@@ -131,73 +130,32 @@ def _products(inputs: Inputs, tile_bytes: int, in_tiles: bool = False) -> Call:
     return multiply
 
 
-def _attention(inputs: Inputs, tile_bytes: int) -> Call:
-    queries = torch.randn_like(inputs.keys.repeat_interleave(_QUERY_HEADS, dim=1))
+def attention(inputs: Inputs) -> Call:
+    """Causal attention over the layer, as a prefill has it, with four query heads per KV head."""
+    queries = torch.randn_like(inputs.keys.repeat_interleave(QUERY_HEADS, dim=1))
     return lambda: F.scaled_dot_product_attention(queries, inputs.keys, inputs.values, is_causal=True, enable_gqa=True)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """Something to time: what makes the call from the inputs and the budget for one tile, and where there is one."""
-
-    make: Callable[[Inputs, int], Call]
-    devices: tuple[str, ...] = ("cpu", "cuda")
-
-
-SUBJECTS = {
-    "eviction": Subject(lambda inputs, tile_bytes: inputs.gather_kept),
-    "kvpress": Subject(_kvpress),
-    "ours": Subject(_ours),
-    "matching": Subject(_matching),
-    "ours-triton": Subject(functools.partial(_ours, kernel="triton"), ("cuda",)),
-    "product": Subject(_products),
-    "tiles": Subject(functools.partial(_products, in_tiles=True), ("cpu",)),
-    "attention": Subject(_attention, ("cuda",)),
+SUBJECTS: dict[str, Callable[[Inputs, int], Call]] = {
+    "eviction": lambda inputs, tile_bytes: inputs.gather_kept,
+    "kvpress": _kvpress,
+    "ours": merging,
+    "matching": matching,
+    "product": bare_products,
+    "tiles": functools.partial(bare_products, in_tiles=True),
 }
-"""All that can be timed, by name. To time one thing more, add it here."""
+"""All that ``python -m evaluation speed`` can time, by name. To time one thing more, add it here."""
 
 
-def measure_seconds(
-    cell: Cell, subjects: Sequence[str], repeats: int, tile_bytes: int
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """
-    Seconds of every call, for each subject, round by round: each round runs every subject once.
-
-    Beside them, for each subject that ran out of a GPU's memory, a note that says so.
-    """
+def measure_seconds(cell: Cell, subjects: Sequence[str], repeats: int, tile_bytes: int) -> Rounds:
+    """Time the subjects on a cell: each round runs every subject once."""
     inputs = Inputs.of(cell)
-    calls: dict[str, Call] = {}
-    notes = {}
-    for name in subjects:
-        try:
-            call = SUBJECTS[name].make(inputs, tile_bytes)
-            _seconds(call, cell.device)
-            calls[name] = call
-        except torch.OutOfMemoryError:
-            notes[name] = "out of memory"
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            seconds[name].append(_seconds(call, cell.device))
-    return seconds, notes
-
-
-def _seconds(call: Call, device: str) -> float:
-    synchronize(torch.device(device))
-    start = time.perf_counter()
-    call()
-    synchronize(torch.device(device))
-    return time.perf_counter() - start
+    calls = {name: SUBJECTS[name](inputs, tile_bytes) for name in subjects}
+    return time_in_rounds(calls, torch.device(cell.device), repeats)
 
 
 def measure_extra_bytes(cell: Cell, name: str, tile_bytes: int, threads: int) -> int | None:
     """Bytes by which one call raises the peak memory, on a CPU of a fresh process; None where there is no /proc."""
-    if cell.device == "cuda":
-        call = SUBJECTS[name].make(Inputs.of(cell), tile_bytes)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
     if not Path("/proc/self/clear_refs").exists():
         return None
     # Forked from a process that has imported what takes long and done nothing else.
@@ -211,7 +169,7 @@ def peak_of_one_call(cell: Cell, name: str, tile_bytes: int = DEFAULT_TILE_BYTES
     """Bytes by which one call raises the peak resident set of this process, which should run nothing else."""
     if threads:
         torch.set_num_threads(threads)
-    make = SUBJECTS[name].make
+    make = SUBJECTS[name]
     # A small call first: what libraries and threads allocate once is not the subject's.
     make(Inputs.of(Cell("cpu", 256, 1, cell.head_dim, 0.5, cell.dtype)), tile_bytes)()
     call = make(Inputs.of(cell), tile_bytes)

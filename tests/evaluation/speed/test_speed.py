@@ -6,6 +6,7 @@ import json
 import multiprocessing
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from kvpress import KnormPress
 from tiny import tiny_model
 
-from evaluation import speed
-from evaluation.speed import SpeedArguments, growth, main, measure_cell
+from evaluation import models, speed
+from evaluation.speed import SpeedArguments, growth, main
 from evaluation.speed import subjects as speed_subjects
 from evaluation.speed.prefill import measure_prefill
-from evaluation.speed.subjects import SUBJECTS, Cell, Inputs, Subject, measure_seconds, peak_of_one_call
+from evaluation.speed.rounds import time_in_rounds
+from evaluation.speed.subjects import SUBJECTS, Cell, Inputs, measure_seconds, peak_of_one_call
 from kvpress_merging import AttentionMatchingPress, MergingPress
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
 
@@ -29,7 +31,7 @@ has_proc = pytest.mark.skipif(
 
 
 def result_of(name: str, cell: Cell):
-    return SUBJECTS[name].make(Inputs.of(cell), DEFAULT_TILE_BYTES)()
+    return SUBJECTS[name](Inputs.of(cell), DEFAULT_TILE_BYTES)()
 
 
 def test_ours_and_kvpress_are_timed_on_the_same_merge():
@@ -82,24 +84,37 @@ def test_inputs_depend_on_the_cell_alone(k_len):
 def test_each_round_runs_every_subject_once(monkeypatch):
     order = []
     for name in ON_CPU:
-        subject = Subject(lambda inputs, tile_bytes, name=name: lambda: order.append(name))
+        subject = lambda inputs, tile_bytes, name=name: lambda: order.append(name)  # noqa: E731
         monkeypatch.setitem(speed_subjects.SUBJECTS, name, subject)
-    seconds, notes = measure_seconds(TINY, ON_CPU, 3, DEFAULT_TILE_BYTES)
+    rounds = measure_seconds(TINY, ON_CPU, 3, DEFAULT_TILE_BYTES)
     assert order == ON_CPU * 4
-    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(ON_CPU, 3)
-    assert not notes
+    assert {name: len(values) for name, values in rounds.seconds.items()} == dict.fromkeys(ON_CPU, 3)
 
 
-def test_subject_that_runs_out_of_memory_is_noted_and_the_others_go_on(monkeypatch):
-    def run_out():
-        raise torch.OutOfMemoryError
+@pytest.mark.parametrize("fails_at", [0, 2])
+def test_a_call_that_runs_out_of_memory_is_noted_and_the_others_go_on(fails_at):
+    n_calls = Counter()
 
-    monkeypatch.setitem(speed_subjects.SUBJECTS, "kvpress", Subject(lambda inputs, tile_bytes: run_out))
-    monkeypatch.setattr(speed, "measure_extra_bytes", lambda *arguments: 10)
-    rows = {row["subject"]: row for row in measure_cell(TINY, SpeedArguments(subjects=["kvpress", "ours"]))}
-    assert rows["kvpress"]["note"] == "out of memory"
-    assert rows["ours"]["median_seconds"] > 0
-    assert rows["ours"]["time_to_kvpress"] is None
+    def call(name: str) -> None:
+        n_calls[name] += 1
+        if name == "greedy" and n_calls[name] > fails_at:
+            raise torch.OutOfMemoryError
+
+    calls = {name: partial(call, name) for name in ("modest", "greedy", "last")}
+    rounds = time_in_rounds(calls, torch.device("cpu"), 3)
+    assert rounds.notes == {"greedy": "out of memory"}
+    assert {name: len(seconds) for name, seconds in rounds.seconds.items()} == {"modest": 3, "last": 3}
+    assert n_calls == {"modest": 4, "greedy": fails_at + 1, "last": 4}
+    assert rounds.median_ratio("greedy", "modest") is None
+    assert len(rounds.ratios("last", "modest")) == 3
+
+
+def test_a_mistake_in_a_call_is_no_lack_of_memory():
+    def mistake() -> None:
+        raise ValueError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        time_in_rounds({"call": mistake}, torch.device("cpu"), 1)
 
 
 KNOWN_BYTES = 64 * 2**20
@@ -109,7 +124,7 @@ def measure_a_call_of_known_size() -> int:
     def make(inputs: Inputs, tile_bytes: int):
         return lambda: torch.ones(KNOWN_BYTES // 4 if inputs.cell == TINY else 1)
 
-    with mock.patch.dict(speed_subjects.SUBJECTS, {"ours": Subject(make)}):
+    with mock.patch.dict(speed_subjects.SUBJECTS, {"ours": make}):
         return peak_of_one_call(TINY, "ours")
 
 
@@ -136,7 +151,6 @@ def test_growth_is_the_slope_over_all_contexts():
         for name, power in (("ours", 2), ("eviction", 1))
         for k_len in (400, 100, 200)
     ]
-    rows += [{**fields, "k_len": 100, "subject": "kvpress", "note": "out of memory"}]
     by_subject = {row["subject"]: row for row in growth(rows)}
     assert set(by_subject) == {"ours", "eviction"}
     assert by_subject["ours"]["times"] == 16
@@ -150,20 +164,19 @@ def test_figures_are_printed_written_and_drawn(tmp_path, monkeypatch, capsys):
     n_bytes = {"eviction": 500_000, "kvpress": 4_000_000, "ours": 1_000_000, "product": 0, "tiles": None}
     n_bytes["matching"] = 2_000_000
     monkeypatch.setattr(speed, "measure_extra_bytes", lambda cell, name, *others: n_bytes[name])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     folder = tmp_path / "deeper"
     grid = ["--k_len", "96", "192", "--num_key_value_heads", "1", "2", "--dtype", "float32", "--head_dim", "16"]
     main([*grid, "--repeats", "5", "--output_dir", str(folder)])
 
     figures = json.loads((folder / "speed.json").read_text())
-    on_cpu = [row for row in figures["layers"] if row["device"] == "cpu"]
-    assert [(row["num_key_value_heads"], row["k_len"], row["subject"]) for row in on_cpu] == [
+    layers = figures["layers"]
+    assert [(row["num_key_value_heads"], row["k_len"], row["subject"]) for row in layers] == [
         (heads, k_len, name) for heads in (1, 2) for k_len in (96, 192) for name in ON_CPU
     ]
-    for row in on_cpu:
+    for row in layers:
         assert len(row["seconds"]) == 5
         assert all(seconds > 0 for seconds in row["seconds"])
-    by_name = {row["subject"]: row for row in on_cpu}
+    by_name = {row["subject"]: row for row in layers}
     assert by_name["kvpress"]["time_to_kvpress"] == 1
     assert by_name["ours"]["memory_to_kvpress"] == 0.25
     assert by_name["product"]["share_of_product_rate"] == 1
@@ -172,24 +185,21 @@ def test_figures_are_printed_written_and_drawn(tmp_path, monkeypatch, capsys):
     assert operations == pytest.approx(2 * 2 * 96 * 96 * 16)
     assert {row["subject"] for row in figures["growth"]} == set(ON_CPU)
 
-    on_gpu = [row for row in figures["layers"] if row["device"] == "cuda"]
-    assert len(on_gpu) == 4
-    assert all(row["note"] == speed.NO_GPU for row in on_gpu)
     output = capsys.readouterr().out
-    assert "cuda, float32, 2 heads, ratio 0.5: no GPU on this machine" in output
+    assert "float32, 2 heads, ratio 0.5" in output
     assert "0.250" in output
     assert "not measured" in output
     assert (folder / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_whole_prefills_are_printed_and_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(speed, "load_model", lambda name: (tiny_model("llama"), None))
-    arguments = ["--devices", "cuda", "--prefill", "96", "128", "--repeats", "2", "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    main(arguments)
+    monkeypatch.setattr(models, "load_model", lambda name: (tiny_model("llama"), None))
+    monkeypatch.setattr(speed, "measure_extra_bytes", lambda *arguments: None)
+    layer = ["--k_len", "64", "--num_key_value_heads", "1", "--head_dim", "16"]
+    main([*layer, "--prefill", "96", "128", "--repeats", "2", "--output_dir", str(tmp_path)])
     prefills = json.loads((tmp_path / "speed.json").read_text())["prefills"]
     assert [(row["k_len"], row["press"]) for row in prefills] == [
-        (k_len, press) for k_len in (96, 128) for press in ("knorm", "snapkv", "adakv_snapkv")
+        (k_len, press) for k_len in (96, 128) for press in ("knorm", "snapkv", "adakv_snapkv", "expected_attention")
     ]
     for row in prefills:
         names = ["full", "bare", "merged", "matched"]
@@ -204,7 +214,7 @@ def test_whole_prefills_are_printed_and_written(tmp_path, monkeypatch, capsys):
 def test_a_model_that_is_not_there_is_one_line_before_any_layer_is_timed(monkeypatch, capsys):
     monkeypatch.setattr(speed, "measure_cell", lambda *_: pytest.fail("a layer was timed"))
     with pytest.raises(SystemExit) as exit_info:
-        main(["--devices", "cpu", "--k_len", "64", "--prefill", "96", "--model", "./nowhere"])
+        main(["--k_len", "64", "--prefill", "96", "--model", "./nowhere"])
     assert exit_info.value.code == 2
     assert capsys.readouterr().err == (
         "python -m evaluation speed: There is no folder './nowhere' to load a model from.\n"
@@ -239,7 +249,6 @@ def test_prefills_are_timed_with_the_presses_at_work(monkeypatch):
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"threads": -1}, "threads must be at least 0, got -1"),
         ({"dtype": ["int8"]}, "dtype must be among float32, float16, bfloat16, got 'int8'"),
-        ({"devices": ["mps"]}, "devices must be among cpu, cuda, got 'mps'"),
         ({"subjects": ["theirs"]}, "subjects must be among eviction, kvpress, ours, .*, got 'theirs'"),
         ({"compression_ratio": [0.5, 1.0]}, "compression_ratio must leave and evict some of 8192 tokens, got 1.0"),
         ({"prefill": [64]}, "prefill must be more than SnapKV's window of 64 tokens, got 64"),
