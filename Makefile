@@ -12,10 +12,12 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-long test-lowest test-latest coverage mutation style docs bench test-gpu bench-gpu package-check clean
+.PHONY: help venv demo test test-long test-lowest test-latest coverage mutation style docs bench gpu package-check clean
 
 # The seed of the cases that `make test-long` draws.
 SEED ?= 0
+# Flags of `make gpu`, if not the defaults: --quick to rehearse on a CPU, for instance.
+GPU_FLAGS ?=
 # Which mutants `make mutation` tries, if not all: kvpress_merging.kernels.nearby.*, for instance.
 MUTANTS ?=
 RUN_TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
@@ -103,11 +105,9 @@ package-check:  ## build sdist and wheel, install each in a fresh environment, a
 bench: $(STAMP)  ## time our kernels against kvpress's own: some minutes, and 9 GB of memory
 	@$(BIN)/python -m evaluation speed
 
-test-gpu: $(STAMP)  ## run the kernels' and presses' tests where there is a GPU: on it too, and see that nothing waits for it
-	@$(RUN_TESTS) $(BIN)/python -m pytest tests/kernels tests/test_operations.py
-
-bench-gpu: $(STAMP)  ## time merging, matching, kvpress's own and attention on a GPU, and whole prefills of the built-in model
-	@$(BIN)/python -m evaluation speed --devices cuda --k_len 4096 16384 65536 131072 --prefill 1024 4096
+# No .venv: a machine with a GPU has its own torch. It needs transformers and kvpress beside that, and nothing of ours.
+gpu:  ## check the kernels on a GPU and measure what they cost there, in 10 minutes, by PYTHON=python3 as it is
+	@HF_HUB_OFFLINE=1 PYTHONPATH=$${PYTHONPATH:+$$PYTHONPATH:}src:. $(PYTHON) -m evaluation gpu $(GPU_FLAGS)
 
 clean:  ## remove .venv, api/ and caches; results/ stays
 	rm -rf $(VENV) .venv-lowest .venv-latest .coverage build dist api mutants .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "compare two runs, or two folders of runs, on the same samples",
     "report": "compare all runs of a folder, merged against bare, as tables, plots and one HTML page",
     "speed": "time the merge against kvpress's own and against the matrix product alone, in pairs",
+    "gpu": "what it does on a GPU: right or not, what prefills cost, where time goes, and decoding, in ten minutes",
 }
 """Sub-command to what it does. Each is a module or package of that name with a ``main(argv)``, but for ``_MODULES``."""
 

@@ -26,6 +26,7 @@ from matplotlib.image import imread
 from scipy import stats
 
 from evaluation.__main__ import main
+from evaluation.gpu.show import describe, markdown
 from evaluation.report.runs import read_results
 
 ROOT = Path(__file__).parents[1]
@@ -258,6 +259,21 @@ def prefill_row(press: str) -> str:
     figures = json.loads((RESULTS / "speed" / "prefill-1024.json").read_text(encoding="utf-8"))
     (row,) = (row for row in figures["prefills"] if row["press"] == press)
     return f"| {PRESSES[press]} | {row['overhead']['merged']:+.0%} | {row['overhead']['matched']:+.0%} |"
+
+
+def test_what_gpus_were_measured_to_do_is_in_the_docs_and_where_none_was_they_say_so():
+    """docs/speed.md has the lines with a bar of each run that is committed; the rest is in its gpu.md."""
+    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/speed.md", "README.md"))
+    files = sorted((RESULTS / "gpu").rglob("*.json"))
+    for text in (page, readme):
+        assert ("no gpu has been measured" in " ".join(text.lower().split())) == (not files)
+    for file in files:
+        figures = json.loads(file.read_text(encoding="utf-8"))
+        assert not figures["arguments"]["quick"], f"{file} is of a rehearsal"
+        assert file.with_suffix(".md").read_text(encoding="utf-8") == markdown(figures)
+        table = markdown(figures, bars_alone=True)
+        assert figures["machine"]["name"] in page
+        assert table in page, f"docs/speed.md should have:\n\n{describe(figures)}\n\n{table}"
 
 
 ROWS = [

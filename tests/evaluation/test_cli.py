@@ -69,7 +69,9 @@ def test_an_unknown_command_is_one_line_with_the_closest_and_exit_status_2(capsy
     assert capsys.readouterr().err == "python -m evaluation: unknown command 'dmeo'; did you mean demo?\n"
 
 
-@pytest.mark.parametrize("argv", [["report", "results"], ["sweep", "sweep.yaml"], ["demo"], ["run"], ["speed"]])
+@pytest.mark.parametrize(
+    "argv", [["report", "results"], ["sweep", "sweep.yaml"], ["demo"], ["run"], ["speed"], ["gpu"]]
+)
 def test_every_command_says_what_an_unknown_flag_may_have_meant(argv, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([*argv, "--output_dri=x"])
