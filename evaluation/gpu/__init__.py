@@ -137,5 +137,6 @@ def _device(arguments: GpuArguments) -> torch.device:
         )
     if (device.index or 0) >= n_devices:
         fail(f"python -m evaluation gpu: there is no {device}, but {n_devices} GPU{'s' if n_devices > 1 else ''}")
+    device = torch.device("cuda", device.index or 0)
     torch.cuda.set_device(device)
-    return torch.device("cuda", torch.cuda.current_device())
+    return device

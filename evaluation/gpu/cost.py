@@ -37,7 +37,7 @@ def measure_cost(bench: Bench, k_len: int) -> Iterator[dict[str, Any]]:
 
     ``seconds`` round by round and their median, ``over_bare`` the median over rounds of the ratio to the bare press,
     less 1, with the smallest and the largest; ``bytes_over_bare``, of the peak, on a GPU; ``launches``, over bare, what
-    is asked of the device for each layer; ``n_layers`` of the model.
+    is asked of the device for each layer; ``n_layers`` and ``attention`` of the model.
     """
     for name in INNER_PRESSES:
         rows = {kind: {"k_len": k_len, "press": name, "kind": kind, "compression_ratio": RATIO} for kind in KINDS}
@@ -45,6 +45,7 @@ def measure_cost(bench: Bench, k_len: int) -> Iterator[dict[str, Any]]:
         if why_not is not None:
             yield from ({**row, "left_out": why_not} for row in rows.values())
             continue
+        attention = bench.model.config._attn_implementation
         with first_layers(bench.model, n_layers):
             presses, refused = _presses(name)
             calls = prefills(bench.model, k_len, presses)
@@ -56,7 +57,13 @@ def measure_cost(bench: Bench, k_len: int) -> Iterator[dict[str, Any]]:
             if kind in refused:
                 yield {**row, "left_out": refused[kind]}
             else:
-                yield {**row, "n_layers": n_layers, **_figures(rounds, kind), **_over_bare(launches, kind)}
+                yield {
+                    **row,
+                    "n_layers": n_layers,
+                    "attention": attention,
+                    **_figures(rounds, kind),
+                    **_over_bare(launches, kind),
+                }
 
 
 def _presses(name: str) -> tuple[dict[str, BasePress], dict[str, str]]:
@@ -138,4 +145,7 @@ def count_launches(call: Call, device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize(device)
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events() or ())
+    n_launches = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events() or ())
+    if n_launches == 0:
+        raise RuntimeError("the profiler saw no kernels")
+    return n_launches

@@ -37,6 +37,8 @@ class Record:
     figures : dict
         ``arguments``, ``machine``, ``rows``, ``status`` ("running", "complete" or "interrupted"), ``seconds``, and
         ``files_left_out``, file to reason.
+    started : float
+        When, by ``time.monotonic()``.
     """
 
     folder: Path
@@ -126,7 +128,9 @@ def _commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+" if changes.strip() else "")

@@ -25,7 +25,8 @@ HEAD_DIMS = (64, 128, 256, 33)
 EVICTIONS = ("even", "ragged")
 N_QUERIES = 24
 
-COSINE_BOUND = 2e-6
+# A tensor core adds up with a little less than float32's rounding; TF32, which nobody asked for, is 100 times coarser.
+COSINE_BOUND = 5e-6
 MERGING_BOUNDS = {"float32": 4e-6, "float16": 1e-3, "bfloat16": 8e-3}
 MATCHING_BOUNDS = {"float32": 1e-3, "float16": 4e-3, "bfloat16": 3e-2}
 """How far results may be from float64's: cosines; and keys and values, as a share of the largest in their head."""
