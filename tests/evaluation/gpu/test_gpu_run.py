@@ -146,7 +146,7 @@ def test_what_does_not_fit_the_time_is_left_out_and_says_so(rate):
         if part != "right":
             rows = list(step(bench))
             assert rows
-            why = "no time was left" if rate is None else r"it would have taken some \d+ s, and (59|60) s were left"
+            why = "no time was left" if rate is None else r"it would have taken some \d+ s, and \d+ s were left"
             assert all(re.fullmatch(why, row["left_out"]) for row in rows), rows
     if rate is None:
         rows = list(right.check_kernels(bench, ("torch",)))
