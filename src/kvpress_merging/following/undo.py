@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from copy import copy
 from typing import Any
 
 from torch import nn
@@ -19,7 +18,7 @@ def contents_of(objects: Iterable[Any]) -> list[tuple[Any, Any]]:
     places = []
     for item in objects:
         places += [vars(item), *(value for value in vars(item).values() if isinstance(value, (list, dict)))]
-    return [(place, copy(place)) for place in places]
+    return [(place, place.copy()) for place in places]
 
 
 class Snapshot:
