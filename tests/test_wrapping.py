@@ -204,13 +204,8 @@ def test_a_merging_press_anywhere_inside_is_refused(nested):
 
 @pytest.mark.parametrize("press", [None, 0.5, "knorm", object()])
 def test_what_is_not_a_press_is_refused(press):
-    with pytest.raises(TypeError, match="must be a kvpress BasePress"):
+    with pytest.raises(TypeError, match=rf"^press must be a kvpress BasePress, got {press!r}$"):
         MergingPress(press)
-
-
-def test_a_class_in_place_of_an_instance_is_refused_with_a_hint():
-    with pytest.raises(TypeError, match=r"pass an instance, KnormPress\(\.\.\.\)"):
-        MergingPress(KnormPress)
 
 
 def test_the_inner_press_can_be_set_and_is_checked_then():
