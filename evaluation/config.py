@@ -83,8 +83,8 @@ class EvaluationConfig:
     model: str = setting(BUILT_IN_MODEL, f"a built-in one ({', '.join(BUILT_IN_MODELS)}), a folder, or a hub id")
     device: str | None = setting(None, "torch device, or 'auto' to use all GPUs; by default what there is", **_HOW)
     press_name: str = setting("knorm",
-        "a press of kvpress, by the name in kvpress's evaluation, or the same with merging_ or matching_ before it; "
-        f"{NO_PRESS} for the full cache", is_shared=False)
+        "a press of kvpress, by the name in kvpress's evaluation, or the same with merging_ or matching_ before it, or "
+        f"kvfold_, grkv_ or kvpress_merging_, which are others' merges; {NO_PRESS} for the full cache", is_shared=False)
     compression_ratio: float = setting(0.5,
         "share of the cache that the press evicts, in [0, 1)", BELOW_1, press=BasePress, eviction="amount")
     key_channel_compression_ratio: float | None = setting(None,

@@ -4,17 +4,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import kvpress
 import pandas as pd
-from kvpress import BasePress, CAMPress, ExpectedAttentionPress, ThinKPress
+from kvpress import (
+    BasePress,
+    CAMPress,
+    DecodingPress,
+    ExpectedAttentionPress,
+    KVzapPress,
+    ObservedAttentionPress,
+    ScorerPress,
+    ThinKPress,
+)
 
 from evaluation.benchmarks import fidelity, longbench, needle_in_haystack, ruler, ruler_synthetic
 from evaluation.cli import closest
 from evaluation.config import NO_PRESS, EvaluationConfig
+from evaluation.peers.grkv import GRKVPress
+from evaluation.peers.kvfold import KVFoldPress
+from evaluation.peers.scored_press import gives_scores
 from kvpress_merging import PRESS_REGISTRY as MERGING_PRESSES
+from kvpress_merging.checks import rotates_keys
 from kvpress_merging.registry import DECODING_PRESSES, PREFILL_PRESSES, PressRegistry
+from kvpress_merging.wrapping import nested_presses
 
 DATASET_REGISTRY: dict[str, Callable[..., pd.DataFrame]] = {
     "ruler-synthetic": ruler_synthetic.generate,
@@ -51,13 +69,58 @@ _BARE_PRESSES: dict[str, Callable[[], BasePress]] = {
     },
 }
 
+
+@contextlib.contextmanager
+def unused_presses() -> Iterator[None]:
+    """Presses that are made only to be looked at have nothing to warn of: they will when they are used."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+
+
+def _kvfold(press: BasePress) -> BasePress:
+    is_log = any(isinstance(inner, KVzapPress) for inner in nested_presses(press))
+    return KVFoldPress(press, score_map="identity" if is_log else "auto")
+
+
+def _peers() -> dict[str, Callable[[], BasePress]]:
+    """What is inside ``merging_<name>``, in the wrappers of others, each where it can wrap that."""
+    factories: dict[str, Callable[[], BasePress]] = {}
+    with unused_presses():
+        for ours in MERGING_PRESSES:
+            prefix, _, name = ours.partition("_")
+            press = MERGING_PRESSES[ours].press  # type: ignore[attr-defined]
+            wrappers: dict[str, Callable[[Any], BasePress]] = {}
+            if prefix == "merging" and not isinstance(press, DecodingPress):
+                has_weights = any(isinstance(inner, ObservedAttentionPress) for inner in nested_presses(press))
+                if gives_scores(press) and not has_weights:  # attention that gives its weights adds no bias
+                    wrappers["kvfold"] = _kvfold
+                if gives_scores(press) and not rotates_keys(press):
+                    wrappers["grkv"] = GRKVPress
+                if isinstance(press, ScorerPress):
+                    wrappers["kvpress_merging"] = kvpress.MergingPress
+            for wrapper_name, wrapper in wrappers.items():
+                factories[f"{wrapper_name}_{name}"] = lambda ours=ours, wrapper=wrapper: wrapper(  # type: ignore[misc]
+                    MERGING_PRESSES[ours].press  # type: ignore[attr-defined]
+                )
+    return factories
+
+
 # Only ever read: a ChainMap writes to its first map alone, and these have no way to be written.
 PRESS_REGISTRY: Mapping[str, BasePress | None] = ChainMap(
     MERGING_PRESSES,  # type: ignore[arg-type]
     PressRegistry(_BARE_PRESSES),  # type: ignore[arg-type]
+    PressRegistry(_peers()),  # type: ignore[arg-type]
     {NO_PRESS: None},
 )
-"""Press by name, made anew at each look-up: ``no_press``, kvpress's by the names of its own evaluation, and ours."""
+"""
+Press by name, made anew at each look-up: ``no_press``, kvpress's by the names of its own evaluation, ours, and those of
+others: ``kvfold_<name>``, ``grkv_<name>`` and, with kvpress's own MergingPress, ``kvpress_merging_<name>``, around the
+press inside ``merging_<name>``.
+"""
 
 
 def check_names(config: EvaluationConfig) -> None:

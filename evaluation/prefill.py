@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from kvpress import BasePress, DecodingPress, DMSPress, PrefillDecodingPress, Re
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from evaluation.peers.kvfold import KVFoldPress
+from evaluation.peers.logit_bias import biased_attention
 from kvpress_merging.checks import rotates_keys
 from kvpress_merging.following.model import attention_modules
 
@@ -38,6 +40,8 @@ class Prefilled:
         Wall-clock time of the prefill with all that the press does until its context exits.
     press_seconds : float
         How much of that was the press's own work. NaN if it cannot be told, as in a prefill of the press alone.
+    logit_bias : mapping of int to torch.Tensor
+        What attention adds to the logits of the cache's slots, by layer: ``KVFoldPress.logit_bias``, or nothing.
     """
 
     press: BasePress | None
@@ -46,6 +50,10 @@ class Prefilled:
     start: int
     prefill_seconds: float
     press_seconds: float = float("nan")
+    logit_bias: Mapping[int, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.logit_bias = self.press.logit_bias if isinstance(self.press, KVFoldPress) else {}
 
 
 @torch.no_grad()
@@ -96,12 +104,13 @@ def acts_while_decoding(press: BasePress | None) -> bool:
 
 @contextlib.contextmanager
 def masks_of(model: PreTrainedModel, prefilled: Prefilled) -> Iterator[None]:
-    """Have a model's attention overlook what a press masked, for a while: to go on from its cache."""
+    """Have a model's attention overlook what a press masked and add its bias, for a while: to go on from its cache."""
     modules = attention_modules(model)
     before = [getattr(module, "masked_key_indices", None) for module in modules]
     put_masks(modules, prefilled.masked_key_indices)
     try:
-        yield
+        with biased_attention(model, prefilled.logit_bias):
+            yield
     finally:
         put_masks(modules, before)
 

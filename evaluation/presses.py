@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from evaluation.config import EVICTION_SETTINGS, PRESS_FIELDS, SETTINGS, EvaluationConfig
 from evaluation.evaluate_registry import PRESS_REGISTRY, check_names
+from evaluation.peers.kvfold import KVFoldPress
 from evaluation.prefill import acts_while_decoding
 from kvpress_merging import MergeOnEvictPress
 from kvpress_merging.wrapping import nested_presses
@@ -90,26 +89,18 @@ def configure_press(config: EvaluationConfig) -> BasePress | None:
     return press
 
 
-@contextlib.contextmanager
-def unused_presses() -> Iterator[None]:
-    """Presses that are made only to be looked at have nothing to warn of: they will when they are used."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
-
-
 def choose_attention(config: EvaluationConfig, press: BasePress | None, model: PreTrainedModel) -> str:
     """
     The transformers implementation of attention to use, as kvpress's evaluation chooses.
 
-    An ``ObservedAttentionPress``, at whatever depth, needs attention weights: ``"eager"``. A model in half precision on
+    An ``ObservedAttentionPress``, at whatever depth, needs attention weights: ``"eager"``; kvfold a mask that is added:
+    ``"sdpa"``. A model in half precision on
     a GPU gets FlashAttention 2 where it is installed, unless ``model_kwargs`` say otherwise.
     """
     if press is not None and any(isinstance(inner, ObservedAttentionPress) for inner in nested_presses(press)):
         return "eager"
+    if isinstance(press, KVFoldPress):
+        return "sdpa"
     is_half = model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16)
     if is_half and is_flash_attn_2_available() and "attn_implementation" not in given_model_kwargs(config):
         return "flash_attention_2"

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
@@ -72,17 +72,24 @@ def run(
 ) -> list[Layer]:
     """Prefill ``input_ids`` and feed ``decode_ids`` one by one, inside the press's context."""
     cache = DynamicCache() if cache is None else cache
+    feed(model, press, input_ids, cache, decode_ids)
+    return snapshot(model, cache)
+
+
+def feed(
+    model: PreTrainedModel,
+    press: BasePress | None,
+    input_ids: torch.Tensor,
+    cache: Cache,
+    decode_ids: torch.Tensor | None = None,
+) -> None:
+    """What ``run`` does, for caches of any kind."""
     clear_masks(model)
     torch.manual_seed(5)
-    with torch.no_grad():
-        if press is None:
-            model.model(input_ids=input_ids, past_key_values=cache)
-        else:
-            with press(model):
-                model.model(input_ids=input_ids, past_key_values=cache)
-                if decode_ids is not None:
-                    decode(model, cache, decode_ids, input_ids.shape[1])
-    return snapshot(model, cache)
+    with torch.no_grad(), nullcontext() if press is None else press(model):
+        model.model(input_ids=input_ids, past_key_values=cache)
+        if decode_ids is not None:
+            decode(model, cache, decode_ids, input_ids.shape[1])
 
 
 def decode(model: PreTrainedModel, cache: Cache, decode_ids: torch.Tensor, position: int) -> None:

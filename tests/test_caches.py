@@ -10,7 +10,7 @@ import pytest
 import torch
 from every_press import CASES
 from kvpress import BasePress, DecodingPress, DMSPress, KnormPress
-from replay import Layer, attention_modules, clear_masks, decode, merge_in_float64
+from replay import Layer, attention_modules, clear_masks, decode, feed, merge_in_float64
 from transformers import DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, QuantizedLayer
 
@@ -57,14 +57,7 @@ def dequantized(cache, module) -> Layer:
 
 
 def prefill(model, press, input_ids, cache):
-    clear_masks(model)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        if press is None:
-            model.model(input_ids=input_ids, past_key_values=cache)
-        else:
-            with press(model):
-                model.model(input_ids=input_ids, past_key_values=cache)
+    feed(model, press, input_ids, cache)
     return [dequantized(cache, module) for module in attention_modules(model)]
 
 

@@ -268,7 +268,7 @@ def test_a_merging_press_inside_a_decoding_press_merges(llama, token_ids):
 
 
 def test_a_scorer_in_a_decoding_press_has_to_be_merged_from_outside():
-    with pytest.raises(TypeError, match="put MergingPress outermost"):
+    with pytest.raises(AssertionError, match="DecodingPress requires a ScorerPress"):
         DecodingPress(MergingPress(KnormPress()))
     MergingPress(DecodingPress(KnormPress()))
 

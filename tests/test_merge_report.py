@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from replay import positions_by_value, run
 from tiny import tiny_tokenizer
 
-from kvpress_merging import AttentionMatchingPress, MergeReport, MergingPress, figures
+from kvpress_merging import AttentionMatchingPress, MergeReport, MergingPress
 from kvpress_merging.eviction import Eviction
 
 INPUT_IDS = torch.stack([torch.randperm(180, generator=torch.Generator().manual_seed(seed))[:64] for seed in (1, 2)])
@@ -191,8 +191,22 @@ def test_figures_of_many_evictions_are_those_of_each(wrap, llama, monkeypatch):
 
     expected = report()
     assert expected[0]["evicted"] == 2 * 2 * (64 - 40)  # heads, rows, and what was left of 64
-    monkeypatch.setattr(figures, "MAX_PARTS", 3)
+    monkeypatch.setattr("kvpress_merging.report.MAX_PARTS", 3)
     for row, row_expected in zip(report().values(), expected.values(), strict=True):
         assert row.keys() == row_expected.keys()
         for name, figure in row_expected.items():
             assert row[name] == (figure if figure is None else pytest.approx(figure, rel=1e-6)), name
+
+
+@pytest.mark.parametrize("max_parts", [2, 64])
+def test_most_merges_are_into_one_survivor_of_one_head_at_one_eviction(max_parts, monkeypatch):
+    monkeypatch.setattr("kvpress_merging.report.MAX_PARTS", max_parts)
+    report = MergeReport()
+    eviction = Eviction.from_kept(torch.tensor([[[4, 5], [4, 5]]]), 6)  # 4 positions evicted from each of two heads
+    target = torch.tensor([[[0, 0, 0, 1], [0, 0, 1, 1]]])
+    weight = torch.tensor([[[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]]])
+    for _ in range(5):
+        report.record(0, eviction)
+        report.record_merges(0, eviction, weight, weight, target)
+    row = report.to_dict()[0]
+    assert (row["evicted"], row["merged"], row["most_merges"]) == (40, 35, 3)

@@ -173,7 +173,7 @@ def test_presses_that_need_a_scorer_refuse_a_merging_press(name):
     more = {"compression_ratios": [0.5] * 4} if name == "PerLayerCompressionPress" else {}
     taken = "base_press" if "base_press" in inspect.signature(wrap).parameters else "press"
     wrap(**{taken: KnormPress()}, **more)
-    with pytest.raises(TypeError, match=rf"put MergingPress outermost, MergingPress\({name}\(KnormPress\("):
+    with pytest.raises(AssertionError):  # of kvpress
         wrap(**{taken: MergingPress(KnormPress())}, **more)
 
 
@@ -204,13 +204,8 @@ def test_a_merging_press_anywhere_inside_is_refused(nested):
 
 @pytest.mark.parametrize("press", [None, 0.5, "knorm", object()])
 def test_what_is_not_a_press_is_refused(press):
-    with pytest.raises(TypeError, match="must be a kvpress BasePress"):
+    with pytest.raises(TypeError, match=rf"^press must be a kvpress BasePress, got {press!r}$"):
         MergingPress(press)
-
-
-def test_a_class_in_place_of_an_instance_is_refused_with_a_hint():
-    with pytest.raises(TypeError, match=r"pass an instance, KnormPress\(\.\.\.\)"):
-        MergingPress(KnormPress)
 
 
 def test_the_inner_press_can_be_set_and_is_checked_then():

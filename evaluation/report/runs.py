@@ -18,13 +18,18 @@ import pandas as pd
 import yaml
 
 from evaluation.config import EVICTION_SETTINGS, NO_PRESS, PRESS_FIELDS, default_of, settings_that
-from evaluation.evaluate_registry import PRESS_REGISTRY
+from evaluation.evaluate_registry import PRESS_REGISTRY, unused_presses
 from evaluation.likelihood import METRICS as LIKELIHOOD_METRICS
-from evaluation.presses import unused_presses
 from evaluation.results import FILES
 
-PREFIXES = {"merged": "merging_", "matching": "matching_"}
-"""What a run with one of our presses is called, and how the registry names such a press."""
+PREFIXES = {
+    "merged": "merging_",
+    "matching": "matching_",
+    "kvfold": "kvfold_",
+    "GRKV": "grkv_",
+    "kvpress merged": "kvpress_merging_",
+}
+"""What a run with a press around a bare one is called, ours first, and how the registry names such a press."""
 
 LEVELS = settings_that(lambda about: about.eviction == "amount")
 """Settings that decide how much is evicted."""
@@ -70,7 +75,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """``"full"``, ``"bare"``, ``"merged"`` or ``"matching"``."""
+        """``"full"``, ``"bare"``, or one of ``PREFIXES``."""
         if self.press_name == NO_PRESS:
             return "full"
         # kvpress's evaluation has merging presses too, of its own; ours notes our version.
@@ -152,12 +157,14 @@ def is_twin(run: Run, bare: Run) -> bool:
 @functools.cache
 def bare_name(press_name: str) -> str:
     """
-    The registry's name of the press inside one of ours, alone.
+    The registry's name of the press inside another, alone.
 
     Not always what follows the prefix, see ``kvpress_merging.registry``: there ``merging_expected_attention`` has
     another press inside than the one that is called ``expected_attention``.
     """
-    without_prefix = press_name.split("_", 1)[1]
+    without_prefix = next(
+        press_name.removeprefix(prefix) for prefix in PREFIXES.values() if press_name.startswith(prefix)
+    )
     names = [name for name in PRESS_REGISTRY if not name.startswith(tuple(PREFIXES.values()))]
     with unused_presses():
         inner = getattr(PRESS_REGISTRY.get(press_name), "press", None)

@@ -21,9 +21,9 @@ from evaluation.config import (
     measured_settings,
     settings_that,
 )
-from evaluation.evaluate_registry import PRESS_REGISTRY
+from evaluation.evaluate_registry import PRESS_REGISTRY, unused_presses
 from evaluation.files import read_mapping
-from evaluation.presses import configure_press, unused_presses, usable_settings
+from evaluation.presses import configure_press, usable_settings
 from evaluation.report.runs import read_references
 
 # What a file may say beside settings.

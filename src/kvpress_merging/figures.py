@@ -1,117 +1,97 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of one layer, kept on its device until they are read, and those of all layers in words."""
+"""What is kept of one layer, on its device until it is read, and how it reads: as figures, as pairs and in words."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
 from kvpress_merging.eviction import Eviction
+from kvpress_merging.kernels.match import relative_square
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Evictions of one layer whose figures are kept apart before they are joined: while decoding there may be one per token.
-MAX_PARTS = 64
-
 COLUMNS = ("eviction", "batch", "head", "evicted", "survivor", "similarity", "weight")
 """Of the table that :meth:`MergeReport.merges` gives."""
 
-
-@dataclass
-class Merges:
-    """Similarity, weight and target of what one eviction merged, as the kernels return them."""
-
-    similarity: torch.Tensor
-    weight: torch.Tensor
-    target: torch.Tensor
-    n_survivors: int
-
-    def max_per_survivor(self) -> torch.Tensor:
-        """The largest number of positions that one survivor took in."""
-        # A head without survivors merges nothing, and its targets are all 0.
-        shape = (*self.target.shape[:2], max(1, self.n_survivors))
-        merges = torch.zeros(shape, dtype=torch.int64, device=self.target.device)
-        return merges.scatter_add_(-1, self.target, (self.weight > 0).long()).amax()
+Merges: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
+"""Similarity, weight and target of what was evicted, as the kernels return them, and the survivors that a head has."""
 
 
 @dataclass
-class LayerFigures:
-    """The figures of one layer, as they lie on the device; ``joined`` are those of earlier evictions, flat."""
+class Layer:
+    """What is kept of one layer."""
 
     n_survivors: int = 0
     n_evicted: int = 0
     merges: list[Merges] = field(default_factory=list)
-    joined: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    # Of each head: whether it lost positions, whether it took the fit, both errors and the output's norm.
     heads: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     pairs: list[tuple[Eviction, Merges]] = field(default_factory=list)
 
-    def add_merges(self, merges: Merges) -> None:
-        self.merges.append(merges)
-        if len(self.merges) > MAX_PARTS:
-            self.join()
-
-    def add_heads(self, eviction: Eviction, heads: tuple[torch.Tensor, ...]) -> None:
-        """Which heads took matching, the errors of eviction and of it, the output's norm; and which lost positions."""
-        has_lost = [n > 0 for _, n in eviction.counts] if eviction.counts else [True] * heads[0].numel()
-        self.heads.append((torch.tensor(has_lost, device="cpu"), *heads))
-        if len(self.heads) > MAX_PARTS:
-            self.heads = [joined(self.heads)]
-
     def join(self) -> None:
-        """Work out the figures of all evictions so far, and keep those alone."""
+        """Keep one part in place of many."""
         if self.merges:
-            parts = [*self.joined, *((m.similarity, m.weight, m.max_per_survivor()) for m in self.merges)]
-            self.joined, self.merges = [joined(parts)], []
+            self.merges = [as_one_head(self.merges)]
+        if self.heads:
+            self.heads = [tuple(torch.cat([part.flatten() for part in parts]) for parts in zip(*self.heads))]
 
     def read(self) -> dict[str, Any]:
         """Read the figures from the device."""
+        self.join()
         row: dict[str, Any] = {"kept": self.n_survivors, "evicted": self.n_evicted, "merged": 0}
         row |= dict.fromkeys(("similarity_mean", "similarity_q05", "similarity_q50", "bound_mean"))
         row["most_merges"] = 0
         if self.heads:
-            has_lost, *heads = (part.double().cpu().numpy() for part in joined(self.heads))
-            is_matched, eviction_error, matching_error, norm = (part[has_lost > 0] for part in heads)
-            error_before, error_after = ((e / norm.clip(min=1e-19)) ** 2 for e in (eviction_error, matching_error))
-            row |= {"heads": len(is_matched), "heads_fitted": int(is_matched.sum())}
-            row["error_before"] = float(error_before.mean())
+            has_lost, *heads = (column.cpu() for column in self.heads[0])
+            is_fitted, of_eviction, of_matching, norm = (column[has_lost] for column in heads)
+            error_before, error_after = (relative_square(e.double(), norm.double()) for e in (of_eviction, of_matching))
             # What a head is left with: matching's error where it took that.
-            row["error_after"] = float(np.where(is_matched > 0, error_after, error_before).mean())
-        self.join()
-        if not self.joined:
-            return row
-        similarities, weights, most = (part.cpu().double().numpy() for part in self.joined[0])
-        similarity, weight = similarities[weights > 0], weights[weights > 0]
-        row["merged"] = len(weight)
+            error_after = torch.where(is_fitted, error_after, error_before)
+            row |= {"heads": len(is_fitted), "heads_fitted": int(is_fitted.sum())}
+            row |= {"error_before": float(error_before.mean()), "error_after": float(error_after.mean())}
+        if self.merges:
+            columns = [column.flatten().cpu().double().numpy() for column in self.merges[0][:3]]
+            similarity, weight, survivor = (column[columns[1] > 0] for column in columns)
+            row["merged"] = len(weight)
         if row["merged"]:
             row["similarity_mean"] = float(similarity.mean())
             row["similarity_q05"], row["similarity_q50"] = np.quantile(similarity, (0.05, 0.5)).tolist()
             row["bound_mean"] = float((1 / (1 + weight)).mean())
-            row["most_merges"] = int(most.max())
+            row["most_merges"] = int(np.unique(survivor, return_counts=True)[1].max())
         return row
 
 
-def joined(parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*parts))
+def as_one_head(parts: list[Merges]) -> Merges:
+    """Several evictions as if they were one of a single head, which has the survivors of all of theirs."""
+    columns, n_before = [], 0
+    for similarity, weight, target, n_survivors in parts:
+        n_heads = target.shape[:2].numel()
+        first = n_before + n_survivors * torch.arange(n_heads, device=target.device).view(*target.shape[:2], 1)
+        columns.append([similarity.flatten(), weight.flatten(), (first + target).flatten()])
+        n_before += n_heads * n_survivors
+    similarity, weight, target = (torch.cat(column)[None, None] for column in zip(*columns))
+    return similarity, weight, target, n_before
 
 
 def pairs_to_frame(number: int, eviction: Eviction, merges: Merges) -> pd.DataFrame:
     """The pairs of one eviction, read from the device: one row each, without padding."""
     import pandas as pd
 
+    target, n_survivors = merges[2:]
     bsz, num_key_value_heads, n_evicted = eviction.evicted.shape
     counts = eviction.counts or ((0, n_evicted),) * (bsz * num_key_value_heads)
     is_real = np.arange(n_evicted) < np.array([n for _, n in counts])[:, None]
     row = np.nonzero(is_real)[0]
     # Without any survivor there is nothing for a target to point at.
-    targets = eviction.survivors.gather(-1, merges.target) if eviction.survivors.shape[-1] else merges.target
+    survivors = eviction.survivors.gather(-1, target) if n_survivors else target
     evicted, survivor, similarity, weight = (
-        tensor.flatten(0, 1).cpu().numpy()[is_real]
-        for tensor in (eviction.evicted, targets, merges.similarity, merges.weight)
+        tensor.flatten(0, 1).cpu().numpy()[is_real] for tensor in (eviction.evicted, survivors, *merges[:2])
     )
     survivor = np.where(np.isneginf(similarity), -1, survivor)
     columns = (number, row // num_key_value_heads, row % num_key_value_heads, evicted, survivor, similarity, weight)

@@ -4,9 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -154,11 +152,10 @@ class MergingPress(MergeOnEvictPress):
         merged_keys = keys.scatter(2, key_index, blend.keys) if self.merge_keys else keys
         return merged_keys, values.scatter(2, value_index, blend.values)
 
-    @property
-    def _blend(self) -> Callable[..., Blend]:
+    def _blend(self, *layer: Any) -> Blend:
         """The kernel, with this press's parameters."""
-        return partial(
-            cosine_blend,
+        return cosine_blend(
+            *layer,
             similarity_threshold=self.similarity_threshold,
             merge_fraction=self.merge_fraction,
             max_merge_per_token=self.max_merge_per_token,

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.figures import COLUMNS, LayerFigures, Merges, in_words, pairs_to_frame
+from kvpress_merging.figures import COLUMNS, Layer, in_words, pairs_to_frame
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
+
+# Evictions of one layer that are kept apart before they are joined: while decoding there may be one per token.
+MAX_PARTS = 64
 
 
 class MergeReport:
@@ -60,7 +63,7 @@ class MergeReport:
     """
 
     def __init__(self) -> None:
-        self._layers: defaultdict[int, LayerFigures] = defaultdict(LayerFigures)
+        self._layers: defaultdict[int, Layer] = defaultdict(Layer)
 
     def start(self, layer_idx: int) -> None:
         """
@@ -71,7 +74,7 @@ class MergeReport:
         layer_idx : int
             The layer.
         """
-        self._layers[layer_idx] = LayerFigures()
+        self._layers[layer_idx] = Layer()
 
     def record(self, layer_idx: int, eviction: Eviction) -> None:
         """
@@ -87,6 +90,8 @@ class MergeReport:
         layer = self._layers[layer_idx]
         layer.n_survivors = eviction.n_survivors
         layer.n_evicted += eviction.n_evicted
+        if max(len(layer.merges), len(layer.heads)) >= MAX_PARTS:
+            layer.join()
 
     def record_merges(
         self,
@@ -112,8 +117,8 @@ class MergeReport:
             Keep the eviction too, for :meth:`merges` and :meth:`plot`.
         """
         layer = self._layers[layer_idx]
-        merges = Merges(similarity, weight, target, eviction.survivors.shape[-1])
-        layer.add_merges(merges)
+        merges = (similarity, weight, target, eviction.survivors.shape[-1])
+        layer.merges.append(merges)
         if keep_pairs:
             layer.pairs.append((eviction, merges))
 
@@ -136,7 +141,9 @@ class MergeReport:
         is_fitted, eviction_error, matching_error, output_norm : torch.Tensor
             As :func:`kvpress_merging.kernels.match.attention_match` returns them, which are kept.
         """
-        self._layers[layer_idx].add_heads(eviction, (is_fitted, eviction_error, matching_error, output_norm))
+        has_lost = [n > 0 for _, n in eviction.counts] if eviction.counts else [True] * is_fitted.numel()
+        heads = (torch.tensor(has_lost, device="cpu"), is_fitted, eviction_error, matching_error, output_norm)
+        self._layers[layer_idx].heads.append(heads)
 
     def to_dict(self) -> dict[int, dict[str, Any]]:
         """One dict of figures per layer, by layer index; see the class for their names."""

@@ -10,12 +10,10 @@ such as ``press.threshold``; ``PressWrapper`` answers as the press inside would.
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
-from types import FrameType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from kvpress import BasePress, ScorerPress
 
@@ -59,43 +57,24 @@ def _rebuild(cls: type, kwargs: dict[str, Any]) -> Any:
     return cls(**kwargs)
 
 
-def _refuse_to_be_a_scorer(press: PressWrapper, caller: FrameType) -> None:
-    """Raise a TypeError where a press is being made around this one that takes scorers alone, by a bare assertion."""
-    outer = caller.f_locals.get("self") if caller.f_code.co_name in ("__init__", "__post_init__") else None
-    if not isinstance(outer, BasePress):
-        return
-    hints = get_type_hints(type(outer).__init__)
-    for name, value in vars(outer).items():
-        taken = get_args(hints.get(name)) or (hints.get(name),)
-        inner = press.press
-        if value is press and ScorerPress in taken and not any(type(inner) is kind for kind in taken):
-            own, around, inside = type(press).__name__, type(outer).__name__, type(inner).__name__
-            raise TypeError(
-                f"{around} asks a scorer for scores, and {own} has none to give: "
-                f"put {own} outermost, {own}({around}({inside}(...)))"
-            )
-
-
 @dataclass
 class PressWrapper(BasePress):
     """
     Base of presses that wrap another press, ``press``, and are used in its place.
 
     To ``isinstance`` such a press is of its own class and of the inner press's, except where the inner one is a
-    ``ScorerPress``: other presses ask scorers for scores, and would then pass the wrapper by. Attributes that the
-    inner press has and the wrapper has not are read from, and written to, the inner press.
+    ``ScorerPress``: other presses ask scorers for scores, and would then pass the wrapper by. So those that need a
+    scorer refuse the wrapper, and those that take any press get an error from ``score``. Attributes that the inner
+    press has and the wrapper has not are read from, and written to, the inner press.
     """
 
     press: BasePress
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        own = type(self)
-        inner = self.__dict__.get("press")
-        if inner is None:
-            return own
-        _refuse_to_be_a_scorer(self, sys._getframe(1))
-        return own if isinstance(inner, ScorerPress) else _stand_in(own, type(inner))  # type: ignore[arg-type]
+        own, inner = type(self), self.__dict__.get("press")
+        is_own = inner is None or isinstance(inner, ScorerPress)
+        return own if is_own else _stand_in(own, type(inner))  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__") and "press" in self.__dict__ and _has(self.press, name):

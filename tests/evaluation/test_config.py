@@ -8,6 +8,7 @@ import yaml
 
 from evaluation.config import DATASETS, FIELDS, PRESS_FIELDS, SETTINGS, EvaluationConfig, default_of, measured_settings
 from evaluation.evaluate_registry import DATASET_REGISTRY, PRESS_REGISTRY
+from evaluation.report.runs import PREFIXES
 from evaluation.run import parse
 from kvpress_merging import AttentionMatchingPress, MergingPress
 
@@ -61,7 +62,7 @@ def test_kvpress_flags_come_first_and_in_its_order():
 
 def test_every_press_of_kvpress_has_its_name_here():
     assert set(KVPRESS_PRESSES.split()) <= set(PRESS_REGISTRY)
-    bare = {name for name in PRESS_REGISTRY if not name.startswith(("merging_", "matching_"))}
+    bare = {name for name in PRESS_REGISTRY if not name.startswith(tuple(PREFIXES.values()))}
     assert bare == {*KVPRESS_PRESSES.split(), "expected_attention_head"}
     assert PRESS_REGISTRY["no_press"] is None
 

@@ -34,8 +34,6 @@ _BY_DIM = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis"
 _BY_DIM |= {"narrow", "select", "split", "split_with_sizes", "chunk", "tensor_split", "unbind"}
 _INDEXING = {"gather", "take_along_dim", "index_select", "repeat_interleave"}
 _JOINING = {"cat", "concat", "concatenate", "stack"}
-# Where an index keeps the copy of it, with its version.
-_COPY = "_kvpress_merging_copy"
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -77,7 +75,6 @@ class TracedTensor(torch.Tensor):
     _origin: Origin
     _rows: Callable[[], torch.Tensor]
     _has_foreign_rows: bool = False
-    _is_whole: bool = False  # holds all positions, in order
 
     @classmethod
     def __torch_function__(
@@ -95,21 +92,6 @@ class TracedTensor(torch.Tensor):
             return _follow(name, func, args, kwargs, out)
 
 
-def _copied(index: torch.Tensor) -> torch.Tensor:
-    """
-    The positions in an index that a press gathers by: a copy, since it may change them, one for keys and values.
-
-    One for each row, shape ``(..., 1)``. Not to be written.
-    """
-    if index.is_inference():  # which does not tell when it has been written
-        return index[..., :1].clone()
-    version, rows = getattr(index, _COPY, (None, None))
-    if rows is None or version != index._version:
-        rows = index[..., :1].clone()
-        setattr(index, _COPY, (index._version, rows))
-    return rows
-
-
 def trace(tensor: torch.Tensor) -> TracedTensor:
     """View a cache tensor as one that holds the positions ``0 .. k_len - 1`` in every head. Shares its memory."""
 
@@ -117,7 +99,7 @@ def trace(tensor: torch.Tensor) -> TracedTensor:
         return torch.arange(tensor.shape[2], device=tensor.device)[:, None].expand(*tensor.shape[:3], 1)
 
     traced = tensor.as_subclass(TracedTensor)
-    traced._origin, traced._rows, traced._is_whole = Origin(tensor), identity, True
+    traced._origin, traced._rows = Origin(tensor), identity
     return traced
 
 
@@ -259,11 +241,7 @@ def _follow_index(name: str, source: TracedTensor, args: Args, kwargs: Kwargs, o
         is_one_row = index.shape[-1] == 1 or index.stride(-1) == 0 or torch.equal(index, head.expand_as(index))
         if not is_one_row or out.shape[-1] != source.shape[-1]:
             return _to_plain(out)
-        if name == "gather" and source._is_whole and dim in (2, -2):
-            rows = _copied(index)  # the index of a position is the position
-        else:
-            rows = parent().expand(*source.shape[:-1], 1)
-            rows = rows.gather(dim, head) if name == "gather" else rows.take_along_dim(head, dim=dim)
+        rows = parent().gather(dim, head) if name == "gather" else parent().take_along_dim(head, dim=dim)
     return _child(source, out, lambda: rows)
 
 

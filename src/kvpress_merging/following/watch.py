@@ -19,9 +19,9 @@ from transformers import Cache, PreTrainedModel
 
 from kvpress_merging.checks import not_followed, refuse_what_the_press_gets_wrong
 from kvpress_merging.following.cache import OpenLayer, is_followed, layer_length, open_layer, tokens_seen
-from kvpress_merging.following.model import EnteredModel, attention_modules, decoder_layers, layer_index, only_looking
+from kvpress_merging.following.model import attention_modules, decoder_layers, layer_index, only_looking
 from kvpress_merging.following.state import Masks, Memory, is_same, masks_on
-from kvpress_merging.following.undo import Snapshot
+from kvpress_merging.following.undo import EnteredModel, Snapshot
 from kvpress_merging.wrapping import nested_presses
 
 Tensors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -53,10 +53,8 @@ class Watch:
         try:
             inner.enter_context(self.press(model))
             presses = Snapshot(*nested_presses(self.press))  # what the press has loaded by now stays
-            entered.note_hooks()
-            handles = self._put_hooks(model, entered)
-            entered.note_hooks()
-            entered.is_ready = True
+            handles = self._put_hooks(model, entered.new_hooks())
+            entered.hooks = entered.new_hooks()
             yield
             for handle in handles:
                 handle.remove()
@@ -76,12 +74,17 @@ class Watch:
             if not is_swallowed:
                 raise
 
-    def _put_hooks(self, model: PreTrainedModel, entered: EnteredModel) -> list[Any]:
+    def _put_hooks(self, model: PreTrainedModel, hooks_of_press: list[tuple[dict[int, Any], int]]) -> list[Any]:
         uncompiled: Callable[..., Any] = torch.compiler.disable  # a compiled model leaves its graph for such a hook
         modules = attention_modules(model)
         handles = []
         for module in modules:
-            if entered.wrap_hooks(module, self.follow_hook):
+            for number in [number for hooks, number in hooks_of_press if hooks is module._forward_hooks]:
+                hook: Any = module._forward_hooks[number]
+                if number not in module._forward_hooks_with_kwargs:  # what follows it takes keyword arguments
+                    module._forward_hooks_with_kwargs[number] = True
+                    hook = _without_kwargs(hook)
+                module._forward_hooks[number] = uncompiled(self.follow_hook(hook))
                 self.hooked.add(module)
             handles.append(module.register_forward_pre_hook(uncompiled(self._check_cut), with_kwargs=True))
             # Runs before the press's hook, which may shrink the layer or fail.
@@ -265,3 +268,7 @@ class Watch:
 
     def _length(self, module: nn.Module) -> int:
         return layer_length(self.seen[module].layers[layer_index(module)])
+
+
+def _without_kwargs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda module, args, kwargs, output: hook(module, args, output)
