@@ -13,20 +13,20 @@ from run_folders import write_run
 
 from evaluation.report.compare import twins_of
 from evaluation.report.kept import ALL, answers_of, harmed_answers, kept_and_lost, kept_table
-from evaluation.report.runs import read_results
+from evaluation.report.runs import read_results, read_run
 from kvpress_merging import MergingPress
 
-FULL = [0.0, 0.0, 1.0, 0.0, 0.0, 4.0]
-BARE = [0.05, 0.0, 1.05, 2.0, 1.0, 4.0]
-MERGED = [0.05, 0.31, 0.85, 1.0, 1.4, 9.0]
-"""Two texts: three answers kept, of which one is harmed; two lost, of which one is harmed; one that nothing has."""
-TEXTS = [0, 1, 0, 0, 1, 1]
+FULL = [0.0, 0.0, 1.0, 0.5, 0.0, 4.0, 4.0]
+BARE = [0.05, 0.0, 1.05, 2.5, 1.0, 4.0, 6.0]
+MERGED = [0.05, 0.31, 0.85, 1.5, 1.4, 9.0, 5.0]
+"""Two texts: three answers kept, of which one is harmed; two lost, of which one is harmed; two that nothing has."""
+TEXTS = [0, 1, 0, 0, 1, 1, 0]
 
 
 def test_kept_and_lost_answers_have_paper_and_pencil_numbers():
     told = kept_and_lost(FULL, BARE, MERGED, TEXTS)
     assert (told["n_kept"], told["kept_harmed"], told["n_lost"], told["lost_harmed"]) == (3, 1, 2, 1)
-    assert told["n_left_out"] == 1
+    assert told["n_left_out"] == 2
     assert told["kept_change"] == pytest.approx((0 + 0.31 - 0.2) / 3)
     assert told["won_back"] == pytest.approx((1 - 0.4) / (2 + 1))
     assert (told["kept_worst"], told["lost_worst"]) == pytest.approx((0.31, 0.4))
@@ -34,8 +34,8 @@ def test_kept_and_lost_answers_have_paper_and_pencil_numbers():
 
 def test_the_thresholds_are_the_callers():
     told = kept_and_lost(FULL, BARE, MERGED, kept_below=1.5, harmed_above=0.35, found_below=5)
-    assert (told["n_kept"], told["kept_harmed"], told["n_lost"], told["n_left_out"]) == (5, 2, 1, 0)
-    assert kept_and_lost(FULL, BARE, MERGED, found_below=1)["n_left_out"] == 2
+    assert (told["n_kept"], told["kept_harmed"], told["n_lost"], told["n_left_out"]) == (5, 2, 2, 0)
+    assert kept_and_lost(FULL, BARE, MERGED, found_below=1)["n_left_out"] == 3
     # What eviction adds exactly as much as the threshold to is lost, and what rises by exactly as much is not harmed.
     assert kept_and_lost([0.0], [0.5], [0.75], kept_below=0.5, harmed_above=0.25)["n_lost"] == 1
     assert kept_and_lost([0.0], [0.5], [0.75], kept_below=0.5, harmed_above=0.25)["lost_harmed"] == 0
@@ -102,6 +102,17 @@ def test_a_table_says_it_over_all_by_press_by_ratio_and_by_task(answers):
     assert table.loc[(ALL, ALL, ALL), "won_back"] == 0.5
 
 
+def test_of_one_press_one_ratio_and_one_task_there_is_one_row(answers):
+    of_one = answers[(answers["press"] == "knorm") & (answers["level"] == "0.5") & (answers["task"] == "qa")]
+    assert kept_table(of_one)[["press", "level", "task", "n_kept"]].to_numpy().tolist() == [["knorm", "0.5", "qa", 1]]
+
+
+def test_harmed_answers_that_were_lost_or_that_nothing_has_are_not_among_the_kept():
+    about = {"benchmark": "b", "kind": "merged", "press": "knorm", "level": "0.5", "task": "qa"}
+    answers = pd.DataFrame({"full": FULL, "bare": BARE, "merged": MERGED, "sample": range(7)}).assign(**about)
+    assert harmed_answers(answers)["sample"].tolist() == [1]
+
+
 def test_the_kept_answers_that_are_harmed_are_named_the_worst_first(answers):
     table = harmed_answers(answers)
     assert table["rise"].tolist() == [0.75, 0.5, 0.5]
@@ -127,6 +138,8 @@ def test_without_the_full_cache_or_without_likelihoods_there_is_no_table(tmp_pat
     for name, press in (("knorm", KnormPress(0.5)), ("merging_knorm", MergingPress(KnormPress(0.5)))):
         write_run(tmp_path, name, press, {"qa": [0.0]}, nll=[0.0])
     twins = twins_of(read_results(tmp_path).runs)
+    other = write_run(tmp_path / "other", "no_press", None, {"qa": [0.0]}, nll=[0.0], compression_ratio=0.0, seed=1)
     assert answers_of(twins, []).empty
+    assert answers_of(twins, [read_run(other)]).empty
     assert kept_table(answers_of(twins, [])).empty
     assert isinstance(harmed_answers(answers_of(twins, [])), pd.DataFrame)
