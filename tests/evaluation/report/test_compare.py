@@ -291,24 +291,6 @@ def test_what_gets_worse_is_told_by_how_much_on_average_and_at_worst(tmp_path, c
     assert re.search(r"1/1/2 +1\.00 \(1\.75\)", capsys.readouterr().out)
 
 
-def test_with_the_full_caches_run_kept_and_lost_answers_are_told_apart(tmp_path, capsys):
-    tasks = {"qa": [0.0] * 4}
-    first, second = tmp_path / "first", tmp_path / "second"
-    full = write_run(first, "no_press", None, tasks, nll=[0.5] * 4, compression_ratio=0.0)
-    bare = write_run(first, "knorm", KnormPress(0.5), tasks, nll=[0.5, 0.5, 2.5, 2.5])
-    press = MergingPress(KnormPress(0.5))
-    merged = write_run(second, "merging_knorm", press, tasks, nll=[0.5, 1.0, 2.5, 1.5])
-    main(["compare", str(bare), str(merged)])
-    assert "Kept and lost" not in capsys.readouterr().out
-    row = r"merged +knorm +0\.5 +qa +2 +1 \(50\.0 %\) +\+0\.250 .* 2 +25\.0 % .* 0 \(0\.0 %\)"
-    for sides in ((bare, merged, "--full", full), (first, second)):
-        main(["compare", *map(str, sides)])
-        assert re.search(row, capsys.readouterr().out)
-    with pytest.raises(SystemExit):
-        main(["compare", str(bare), str(merged), "--full", str(bare)])
-    assert "has no run with the full cache" in capsys.readouterr().err
-
-
 def test_in_a_narrow_terminal_names_differences_and_verdicts_stay(pair, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -5,6 +5,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from kvpress import KnormPress
 from run_folders import write_run
 
 from evaluation.report.equal_quality import equal_quality, needed_share
+from evaluation.report.plots import Styles, plot_kept_shares
 from evaluation.report.runs import read_results
 from kvpress_merging import AttentionMatchingPress, MergingPress
 
@@ -120,3 +122,25 @@ def test_an_interval_ends_where_what_was_measured_ends(tmp_path):
 def test_a_press_measured_at_one_ratio_is_left_out(tmp_path):
     runs = [run for run in runs_of(tmp_path, [3.0] * 3) if run.kind != "bare" or run.ratio == 0.75]
     assert equal_quality(runs, "b").empty
+
+
+def test_the_picture_of_equal_quality_has_a_panel_a_kind_and_a_line_a_press_with_its_interval():
+    rows = [
+        (press, kind, 1 - ratio, 1.25 * (1 - ratio), 0.1, 0.3)
+        for press in ("knorm", "snapkv")
+        for kind in ("merged", "matching")
+        for ratio in (0.5, 0.75)
+    ]
+    rows.append(("tova", "matching", 0.5, np.nan, np.nan, np.nan))
+    table = pd.DataFrame(rows, columns=["press", "kind", "kept_share", "needed_share", "low", "high"])
+    figure = plot_kept_shares(table, Styles(["knorm", "snapkv", "tova"], ["merged", "matching"]), "score")
+    assert [axes.get_title() for axes in figure.axes] == ["merged", "matching"]
+    for axes in figure.axes:
+        diagonal, *lines = (line for line in axes.lines if len(line.get_xdata()) == 2)
+        assert diagonal.get_xydata().tolist() == [[0, 0], [100, 100]]
+        assert len(lines) == len(axes.containers) == 2
+        for line, drawn in zip(lines, axes.containers):
+            assert line.get_xydata().tolist() == [[25, 31.25], [50, 62.5]]
+            (bars,) = drawn[2]
+            ends = [path.vertices[:, 1].tolist() for path in bars.get_paths()]
+            assert np.allclose(ends, [[25 / 0.9, 25 / 0.7], [50 / 0.9, 50 / 0.7]])

@@ -3,6 +3,7 @@
 """What a wrapper does to answers that eviction kept, and to those that it lost."""
 
 import math
+import re
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from kvpress import KnormPress, SnapKVPress
 from run_folders import write_run
 
+from evaluation.__main__ import main
 from evaluation.report.compare import twins_of
 from evaluation.report.kept import ALL, answers_of, harmed_answers, kept_and_lost, kept_table
 from evaluation.report.runs import read_results, read_run
@@ -143,3 +145,42 @@ def test_without_the_full_cache_or_without_likelihoods_there_is_no_table(tmp_pat
     assert answers_of(twins, [read_run(other)]).empty
     assert kept_table(answers_of(twins, [])).empty
     assert isinstance(harmed_answers(answers_of(twins, [])), pd.DataFrame)
+
+
+# The commands.
+
+
+def test_with_the_full_caches_run_kept_and_lost_answers_are_told_apart(tmp_path, capsys):
+    tasks = {"qa": [0.0] * 4}
+    first, second = tmp_path / "first", tmp_path / "second"
+    full = write_run(first, "no_press", None, tasks, nll=[0.5] * 4, compression_ratio=0.0)
+    bare = write_run(first, "knorm", KnormPress(0.5), tasks, nll=[0.5, 0.5, 2.5, 2.5])
+    press = MergingPress(KnormPress(0.5))
+    merged = write_run(second, "merging_knorm", press, tasks, nll=[0.5, 1.0, 2.5, 1.5])
+    main(["compare", str(bare), str(merged)])
+    assert "Kept and lost" not in capsys.readouterr().out
+    row = r"merged +knorm +0\.5 +qa +2 +1 \(50\.0 %\) +\+0\.250 .* 2 +25\.0 % .* 0 \(0\.0 %\)"
+    for sides in ((bare, merged, "--full", full), (first, second)):
+        main(["compare", *map(str, sides)])
+        assert re.search(row, capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main(["compare", str(bare), str(merged), "--full", str(bare)])
+    assert "has no run with the full cache" in capsys.readouterr().err
+
+
+def test_a_report_says_what_was_kept_and_lost_and_which_kept_answers_were_harmed(tmp_path):
+    tasks = {"qa": [0.0] * 4}
+    write_run(tmp_path, "no_press", None, tasks, nll=[0.5] * 4, compression_ratio=0.0)
+    write_run(tmp_path, "knorm", KnormPress(0.5), tasks, nll=[0.5, 0.5, 2.5, 2.5])
+    write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), tasks, nll=[0.5, 1.0, 2.5, 1.5])
+    main(["report", str(tmp_path)])
+    kept, harmed = (pd.read_csv(tmp_path / "report" / f"{name}.csv") for name in ("kept", "harmed"))
+    assert kept[["n_kept", "kept_harmed", "n_lost", "won_back"]].to_numpy().tolist() == [[2, 1, 2, 0.25]]
+    assert harmed[["press", "task", "sample", "rise"]].to_numpy().tolist() == [["knorm", "qa", 1, 0.5]]
+    assert "1 (50.0 %)" in (tmp_path / "report" / "index.html").read_text()
+    lines = (tmp_path / "report" / "README.md").read_text().splitlines()
+    (row,) = (line for line in lines if "1 (50.0 %)" in line)
+    assert row.startswith(
+        "| merged | knorm | 0.5 | qa | 2 | 1 (50.0 %) | +0.250 (+0.000 .. +0.500) | +0.500 | 2 | 25.0 %"
+    )
+    assert "| merged | knorm | 0.5 | qa | 1 | 0.5000 | 0.5000 | 1.00 |" in lines

@@ -20,7 +20,7 @@ from run_folders import write_run
 from evaluation.__main__ import main
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import run
-from evaluation.report.plots import Styles, plot_heat_map, plot_kept_shares, plot_lines
+from evaluation.report.plots import Styles, plot_heat_map, plot_lines
 from evaluation.report.summary import summarize, verdict_on
 from evaluation.report.tables import as_markdown
 from evaluation.report.write import MARKER
@@ -244,46 +244,6 @@ def test_the_markdown_page_shows_what_the_page_does_where_html_is_shown_as_sourc
     n_compared = len(table.groupby(["benchmark", "press", "kind", "level", "metric"]))
     assert len(rows) == n_compared + equal["metric"].isin(["kl", "string_match"]).sum()
     assert verdict_on(summarize(table)) in text
-
-
-def test_a_report_says_what_was_kept_and_lost_and_which_kept_answers_were_harmed(tmp_path):
-    tasks = {"qa": [0.0] * 4}
-    write_run(tmp_path, "no_press", None, tasks, nll=[0.5] * 4, compression_ratio=0.0)
-    write_run(tmp_path, "knorm", KnormPress(0.5), tasks, nll=[0.5, 0.5, 2.5, 2.5])
-    write_run(tmp_path, "merging_knorm", MergingPress(KnormPress(0.5)), tasks, nll=[0.5, 1.0, 2.5, 1.5])
-    main(["report", str(tmp_path)])
-    kept, harmed = (pd.read_csv(tmp_path / "report" / f"{name}.csv") for name in ("kept", "harmed"))
-    assert kept[["n_kept", "kept_harmed", "n_lost", "won_back"]].to_numpy().tolist() == [[2, 1, 2, 0.25]]
-    assert harmed[["press", "task", "sample", "rise"]].to_numpy().tolist() == [["knorm", "qa", 1, 0.5]]
-    assert "1 (50.0 %)" in (tmp_path / "report" / "index.html").read_text()
-    lines = (tmp_path / "report" / "README.md").read_text().splitlines()
-    (row,) = (line for line in lines if "1 (50.0 %)" in line)
-    assert row.startswith(
-        "| merged | knorm | 0.5 | qa | 2 | 1 (50.0 %) | +0.250 (+0.000 .. +0.500) | +0.500 | 2 | 25.0 %"
-    )
-    assert "| merged | knorm | 0.5 | qa | 1 | 0.5000 | 0.5000 | 1.00 |" in lines
-
-
-def test_the_picture_of_equal_quality_has_a_panel_a_kind_and_a_line_a_press_with_its_interval():
-    rows = [
-        (press, kind, 1 - ratio, 1.25 * (1 - ratio), 0.1, 0.3)
-        for press in ("knorm", "snapkv")
-        for kind in ("merged", "matching")
-        for ratio in (0.5, 0.75)
-    ]
-    rows.append(("tova", "matching", 0.5, np.nan, np.nan, np.nan))
-    table = pd.DataFrame(rows, columns=["press", "kind", "kept_share", "needed_share", "low", "high"])
-    figure = plot_kept_shares(table, Styles(["knorm", "snapkv", "tova"], ["merged", "matching"]), "score")
-    assert [axes.get_title() for axes in figure.axes] == ["merged", "matching"]
-    for axes in figure.axes:
-        diagonal, *lines = (line for line in axes.lines if len(line.get_xdata()) == 2)
-        assert diagonal.get_xydata().tolist() == [[0, 0], [100, 100]]
-        assert len(lines) == len(axes.containers) == 2
-        for line, drawn in zip(lines, axes.containers):
-            assert line.get_xydata().tolist() == [[25, 31.25], [50, 62.5]]
-            (bars,) = drawn[2]
-            ends = [path.vertices[:, 1].tolist() for path in bars.get_paths()]
-            assert np.allclose(ends, [[25 / 0.9, 25 / 0.7], [50 / 0.9, 50 / 0.7]])
 
 
 class Tags(HTMLParser):
