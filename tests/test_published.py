@@ -172,6 +172,32 @@ def ruler_row(press: str) -> str:
     return f"| {PRESSES[press]} | {' | '.join(cells)} |"
 
 
+def cache_row(press: str) -> str:
+    """docs/method.md: how much less cache matching takes for eviction's likelihood."""
+    table = pd.read_csv(RESULTS / "ruler-4096" / "equal_quality.csv", dtype={"level": str})
+    table = table[table["benchmark"].str.contains(RULER) & (table["press"] == press) & (table["kind"] == "matching")]
+    saved = table.set_index("level")["saved"]
+    # + 0.0, so that nothing is not -0.
+    return f"| {PRESSES[press]} | {' | '.join(f'{round(100 * saved[level]) + 0.0:.0f} %' for level in LEVELS)} |"
+
+
+def kept_row(benchmark: str, kind: str) -> str:
+    """docs/method.md: what a rule does to the answers that eviction kept and to those that it lost."""
+    table = pd.read_csv(RESULTS / "ruler-4096" / "kept.csv")
+    table = table[table["benchmark"].str.contains(benchmark) & (table["kind"] == kind)]
+    row = table[(table[["press", "level", "task"]] == "all").all(axis=1)].iloc[0]
+    cells = [
+        f"{row['n_kept']:,}",
+        f"{row['kept_change']:+.3f} ({row['kept_low']:+.3f} .. {row['kept_high']:+.3f})",
+        f"{row['kept_harmed']} ({100 * row['kept_harmed'] / row['n_kept']:.1f} %)",
+        f"{row['n_lost']:,}",
+        f"{100 * row['won_back']:.1f} % ({100 * row['won_low']:.1f} .. {100 * row['won_high']:.1f})",
+        f"{row['lost_harmed']} ({100 * row['lost_harmed'] / row['n_lost']:.1f} %)",
+    ]
+    name = "merging" if kind == "merged" else kind
+    return f"| {re.search(r'coder-([0-9.]+b)', benchmark)[1].upper()}, {name} | {' | '.join(cells)} |"
+
+
 ANSWERS = {1200: "needles", 4096: "ruler-4096-answers"}
 """Where answers in texts of that length are."""
 NEEDLE = "single|multikey"
@@ -284,6 +310,9 @@ ROWS = [
     *(("docs/method.md", functools.partial(ruler_row, press)) for press in ON_RULER),
     ("docs/method.md", functools.partial(matching_row, RULER_KVZIP, "kvzip", LEVELS[3:])),
     *(("docs/method.md", functools.partial(matching_row, LARGER, press, LEVELS[1:3])) for press in ON_LARGER),
+    *(("docs/method.md", functools.partial(cache_row, press)) for press in ON_RULER),
+    *(("docs/method.md", functools.partial(kept_row, RULER, kind)) for kind in KINDS),
+    ("docs/method.md", functools.partial(kept_row, LARGER, "matching")),
     *(("docs/method.md", functools.partial(score_row, press)) for press in ON_NEEDLES),
     *(("docs/speed.md", functools.partial(layer_row, k_len)) for k_len in (8192, 16384, 32768)),
     *(("docs/speed.md", functools.partial(prefill_row, press)) for press in ("knorm", "snapkv", "adakv_snapkv")),
@@ -469,6 +498,34 @@ SENTENCES = [
 def test_a_sentence_says_what_was_measured(file, sentence):
     words = " ".join((ROOT / file).read_text(encoding="utf-8").split())
     assert sentence() in words, f"{file} lacks: {sentence()}"
+
+
+def test_kept_and_lost_is_what_plain_loops_over_the_runs_say(tmp_path):
+    """Common words alone are an answer that the full cache does not have, so that leaving them out says the same."""
+    likelihoods: dict[tuple, dict[int, float]] = {}
+    for run in read_results(unpack("ruler-4096", tmp_path)).runs:
+        key = (run.config["model"], run.config["n_samples"])
+        asked = run.predictions["task"] != "cwe"
+        place = (*key, "full") if run.kind == "full" else (*key, run.kind, run.press, run.level)
+        likelihoods[place] = run.predictions.loc[asked, "answer_nll"].to_dict()
+    sums: dict[tuple, np.ndarray] = {}
+    for (*key, kind, press, level), ours in (item for item in likelihoods.items() if item[0][2] in KINDS):
+        full, bare = likelihoods[(*key, "full")], likelihoods[(*key, "bare", press, level)]
+        for sample, nll in ours.items():
+            rise, lost = nll - bare[sample], bare[sample] - full[sample]
+            numbers = np.array([1, rise > 0.3, rise, lost])
+            place = (f"{key[0]}, n_samples={key[1]}", kind, "kept" if lost < 0.1 else "lost")
+            sums[place] = sums.get(place, 0) + numbers
+    table = pd.read_csv(RESULTS / "ruler-4096" / "kept.csv")
+    n_compared = 0
+    for _, row in table.drop_duplicates(["benchmark", "kind"]).iterrows():
+        of_all = row["benchmark"].removeprefix("ruler-synthetic, 4096, "), row["kind"]
+        n_kept, harmed, rise, _ = sums[(*of_all, "kept")]
+        assert (row["n_kept"], row["kept_harmed"], row["kept_change"]) == pytest.approx((n_kept, harmed, rise / n_kept))
+        n_lost, harmed, rise, lost = sums[(*of_all, "lost")]
+        assert (row["n_lost"], row["lost_harmed"], row["won_back"]) == pytest.approx((n_lost, harmed, -rise / lost))
+        n_compared += 1
+    assert n_compared == len({place[:2] for place in sums}) == 4
 
 
 def pages() -> list[Path]:

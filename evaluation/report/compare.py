@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 
 from evaluation.cli import Parser
+from evaluation.report.kept import answers_of, kept_shown, kept_table
 from evaluation.report.runs import IDENTITY, PREFIXES, Run, direction_of, is_twin, read_results, read_run
 from evaluation.report.statistics import holm, paired_difference
-from evaluation.report.tables import ALPHA, show
+from evaluation.report.tables import ALPHA, show, show_texts
 from evaluation.results import FILES
 
 ALL_TASKS = "all tasks"
@@ -23,9 +24,13 @@ ALL_TASKS = "all tasks"
 
 COLUMNS = (
     *("benchmark", "press", "kind", "level", "compression_ratio", "metric", "direction", "task", "n_samples"),
-    *("bare", "merged", "difference", "low", "high", "p", "p_holm", "wins", "ties", "losses", "verdict"),
+    *("bare", "merged", "difference", "low", "high", "p", "p_holm", "wins", "ties", "losses"),
+    *("mean_loss", "worst_loss", "verdict"),
 )
-"""Of a table of comparisons. ``difference`` is merged minus bare; a win is a sample on which merged is better."""
+"""
+Of a table of comparisons. ``difference`` is merged minus bare; a win is a sample on which merged is better. Of the
+losses ``mean_loss`` is by how much they are worse, on average, and ``worst_loss`` the most; NaN where there is none.
+"""
 
 # How far the full cache's likelihood of one window may differ between two runs: other hardware, not another text.
 _NLL_TOLERANCE = 0.02
@@ -39,37 +44,53 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m evaluation compare", description=__doc__, allow_abbrev=False)
     parser.add_argument("bare", type=Path, help="a run's folder, or a folder of runs: what is compared with")
     parser.add_argument("merged", type=Path, help="the same: what is compared")
+    parser.add_argument(
+        "--full",
+        type=Path,
+        help="a run with the full cache, if neither folder has it: tells kept answers from lost ones",
+    )
     arguments = parser.parse_args(list(argv))
+    folders = [place and place.expanduser() for place in (arguments.bare, arguments.merged, arguments.full)]
     try:
-        table, notes = compare_folders(arguments.bare.expanduser(), arguments.merged.expanduser())
+        table, kept, notes = compare_folders(*folders)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     show(table, "Second minus first, on the same samples")
+    if len(kept):
+        show_texts(kept_shown(kept))
     for note in notes:
         print(f"Note: {note}")
 
 
-def compare_folders(first: Path, second: Path) -> tuple[pd.DataFrame, list[str]]:
+def compare_folders(
+    first: Path, second: Path, full: Path | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """
     Compare two runs, or each run of one folder with that of another that has the same settings.
 
-    The same settings means the same press too, or else the bare press of a merged one. Out come ``COLUMNS``, and what a
-    reader should know; a ValueError says if a folder holds no run, or there is nothing to compare.
+    The same settings means the same press too, or else the bare press of a merged one. Out come ``COLUMNS``; what
+    ``kept_table`` says, of those whose run with the full cache is in a folder or is given; and what a reader should
+    know. A ValueError says if a folder holds no run, or there is nothing to compare.
     """
     if is_run(first) and is_run(second):
-        runs = read_run(first), read_run(second)
-        return compare_runs(*runs, benchmark=str(runs[1].config["dataset"])), notes_on(*runs)
-    one, other = read_results(first), read_results(second)
-    notes = [*one.notes, *other.notes]
-    tables = []
-    for run in other.runs:
-        same = [bare for bare in one.runs if bare.shared == run.shared and _press(bare) == _press(run)]
-        for bare in same or [bare for bare in one.runs if is_twin(run, bare)]:
-            tables.append(compare_runs(bare, run, benchmark=str(run.config["dataset"])))
-            notes += notes_on(bare, run)
-    if not tables:
+        pairs, notes = [(read_run(first), read_run(second))], []
+        runs = list(pairs[0])
+    else:
+        one, other = read_results(first), read_results(second)
+        runs, notes = [*one.runs, *other.runs], [*one.notes, *other.notes]
+        pairs = []
+        for run in other.runs:
+            same = [bare for bare in one.runs if bare.shared == run.shared and _press(bare) == _press(run)]
+            pairs += [(bare, run) for bare in same or [bare for bare in one.runs if is_twin(run, bare)]]
+    if not pairs:
         raise ValueError(f"no run in {second} has the settings of one in {first}, with the same press or the bare one")
-    return pd.concat(tables, ignore_index=True), list(dict.fromkeys(notes))
+    table = pd.concat([compare_runs(*pair, str(pair[1].config["dataset"])) for pair in pairs], ignore_index=True)
+    notes += [note for pair in pairs for note in notes_on(*pair)]
+    references = [run for run in (read_results(full).runs if full else runs) if run.kind == "full"]
+    if full and not references:
+        raise ValueError(f"{full} has no run with the full cache")
+    answers = answers_of([pair for pair in pairs if pair[1].kind != "full"], references)
+    return table, kept_table(answers), list(dict.fromkeys(notes))
 
 
 def is_run(folder: Path) -> bool:
@@ -78,19 +99,19 @@ def is_run(folder: Path) -> bool:
     return has_files and not any(place.is_dir() and place.name.isdecimal() for place in folder.iterdir())
 
 
-def compare_twins(runs: Iterable[Run], benchmark: str) -> tuple[pd.DataFrame, list[str]]:
+def twins_of(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Each run of ours with the bare one that it is compared with, which comes first."""
+    return [(bare, run) for run in runs if run.kind in PREFIXES for bare in runs if is_twin(run, bare)]
+
+
+def compare_twins(runs: Sequence[Run], benchmark: str) -> tuple[pd.DataFrame, list[str]]:
     """Compare each run of ours with the bare one: ``COLUMNS``, and which have none, and what differs, as notes."""
-    runs = list(runs)
-    tables, notes = [], []
-    for run in runs:
-        if run.kind not in PREFIXES:
-            continue
-        twins = [bare for bare in runs if is_twin(run, bare)]
-        if not twins:
-            notes.append(f"{run.folder.name} has no run of the bare press to compare with")
-        for bare in twins:
-            tables.append(compare_runs(bare, run, benchmark))
-            notes += notes_on(bare, run)
+    pairs = twins_of(runs)
+    tables = [compare_runs(*pair, benchmark) for pair in pairs]
+    compared = [id(run) for _, run in pairs]
+    alone = [run for run in runs if run.kind in PREFIXES and id(run) not in compared]
+    notes = [f"{run.folder.name} has no run of the bare press to compare with" for run in alone]
+    notes += [note for pair in pairs for note in notes_on(*pair)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(COLUMNS)), notes
 
 
@@ -174,6 +195,7 @@ def _row(task: str, groups: list[pd.DataFrame], metric: str) -> dict[str, Any]:
     differences = [(group["merged"] - group["bare"]).to_numpy() for group in groups]
     differences = [np.where(np.abs(of_task) < _TIE, 0.0, of_task) for of_task in differences]
     gains = np.concatenate(differences) * (-1 if direction_of(metric).startswith("lower") else 1)
+    losses = pd.Series(-gains[gains < 0], dtype=float)
     result = paired_difference(differences)
     return {
         **{"metric": metric, "direction": direction_of(metric), "task": task, "n_samples": len(gains)},
@@ -181,7 +203,8 @@ def _row(task: str, groups: list[pd.DataFrame], metric: str) -> dict[str, Any]:
         **{"difference": result.mean, "low": result.low, "high": result.high, "p": result.p_value},
         # One test by itself, where it is the only one.
         "p_holm": result.p_value if task == ALL_TASKS else math.nan,
-        **{"wins": int((gains > 0).sum()), "ties": int((gains == 0).sum()), "losses": int((gains < 0).sum())},
+        **{"wins": int((gains > 0).sum()), "ties": int((gains == 0).sum()), "losses": len(losses)},
+        **{"mean_loss": float(losses.mean()), "worst_loss": float(losses.max())},
     }
 
 

@@ -17,11 +17,23 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from evaluation.report.compare import ALL_TASKS
-from evaluation.report.plots import Plot, Styles, plot_heat_map, plot_lines, save
+from evaluation.report.equal_quality import equal_shown
+from evaluation.report.kept import harmed_shown, kept_shown
+from evaluation.report.plots import Plot, Styles, plot_heat_map, plot_kept_shares, plot_lines, save
 from evaluation.report.runs import PREFIXES, Results, Run, direction_of
 from evaluation.report.statistics import mean_of_tasks
 from evaluation.report.summary import Benchmark, all_tables, summarize, verdict_on
-from evaluation.report.tables import ALPHA, arrow, as_markdown, escape_markdown, number, p_value
+from evaluation.report.tables import (
+    ALPHA,
+    WORSE_BY,
+    Shown,
+    arrow,
+    as_markdown,
+    escape_markdown,
+    number,
+    p_value,
+    worse_by,
+)
 from kvpress_merging import __version__
 
 TITLE = "What merging changes"
@@ -39,13 +51,18 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Section:
-    """What a page shows of one benchmark: plots, the comparisons, and where there are several tasks each of them."""
+    """
+    What a page shows of one benchmark.
+
+    Plots, the comparisons, where there are several tasks each of them, and the other tables.
+    """
 
     label: str
     slug: str
     plots: list[Drawn]
     summary: pd.DataFrame
     tasks: pd.DataFrame
+    others: list[Shown]
 
 
 def draw_sections(folder: Path, results: Results, benchmarks: Sequence[Benchmark]) -> list[Section]:
@@ -59,7 +76,10 @@ def draw_sections(folder: Path, results: Results, benchmarks: Sequence[Benchmark
             for plot in draw(benchmark, styles)
         ]
         tasks = benchmark.table if (benchmark.table["task"] == ALL_TASKS).any() else benchmark.table.head(0)
-        sections.append(Section(benchmark.label, benchmark.slug, plots, summarize(benchmark.table), tasks))
+        equal = equal_shown(benchmark.equal, benchmark.quality_metric)
+        others = [equal, kept_shown(benchmark.kept), harmed_shown(benchmark.harmed)]
+        others = [shown for shown in others if len(shown.table)]
+        sections.append(Section(benchmark.label, benchmark.slug, plots, summarize(benchmark.table), tasks, others))
     return sections
 
 
@@ -68,7 +88,6 @@ def render_page(
     results: Results,
     benchmarks: Sequence[Benchmark],
     notes: Sequence[str],
-    scores: pd.DataFrame,
     turns: pd.DataFrame,
 ) -> str:
     """The page as HTML. All text but the plots' SVG is escaped."""
@@ -100,7 +119,6 @@ def render_page(
         verdict=verdict_on(summary),
         notes=list(notes),
         benchmarks=sections,
-        scores=scores,
         turns=turns,
         references=[
             {
@@ -135,14 +153,17 @@ def render_markdown(sections: Sequence[Section], notes: Sequence[str], verdict: 
                 **{name: table[name] for name in ("n_samples", "bare", "merged", "difference", "low", "high")},
                 "p_holm": table["p_holm"],
                 "win/tie/loss": [f"{row.wins}/{row.ties}/{row.losses}" for row in table.itertuples()],
+                WORSE_BY: [worse_by(row) for row in _records(table)],
                 "verdict": table["verdict"],
             }
             parts.append(as_markdown(pd.DataFrame(shown)).rstrip())
+        for other in section.others:
+            parts += [f"### {other.title}", escape_markdown(other.note), as_markdown(other.texts).rstrip()]
     return "\n\n".join(parts) + "\n"
 
 
 def draw(benchmark: Benchmark, styles: Styles) -> list[Plot]:
-    """The plots of one benchmark: scores and times against the ratio, and the differences."""
+    """The plots of one benchmark: scores and times against the ratio, the cache that is saved, and the differences."""
     runs, metric = benchmark.runs, benchmark.metric
     name = "KL from the full cache, nats" if metric == "kl" else metric
     name_and_arrow = f"{name} {arrow(direction_of(metric))}"
@@ -160,6 +181,10 @@ def draw(benchmark: Benchmark, styles: Styles) -> list[Plot]:
         plots.append(Plot(f"{benchmark.slug}-scores", title, figure))
     if figure := _against_ratio(runs, seconds, styles, time_label):
         plots.append(Plot(f"{benchmark.slug}-times", "Times against compression ratio", figure))
+    equal = benchmark.equal[benchmark.equal["metric"] == benchmark.quality_metric]
+    if equal["needed_share"].notna().any():
+        figure = plot_kept_shares(equal, styles, benchmark.quality_metric)
+        plots.append(Plot(f"{benchmark.slug}-cache", "Cache that the bare press needs for the same score", figure))
     if len(rows):
         figure = plot_heat_map(rows, f"{name_and_arrow}, merged minus bare")
         plots.append(Plot(f"{benchmark.slug}-differences", "Difference that merging makes, task by ratio", figure))
@@ -209,13 +234,10 @@ def _values(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _mean_of_tasks(run: Run, metric: str) -> tuple[float, float, float]:
-    """With its interval. What is asked about one context is one sample."""
+    """With its interval."""
     if metric not in run.scores:
         return (float("nan"),) * 3
-    scores = run.predictions.assign(score=run.scores[metric]).dropna(subset="score")
-    if "context_number" in scores:
-        scores = scores.groupby(["task", "context_number"], as_index=False)["score"].mean()
-    return mean_of_tasks([task.to_numpy() for _, task in scores.groupby("task")["score"]])
+    return mean_of_tasks([task.to_numpy() for _, task in run.samples(metric).groupby(level="task")])
 
 
 def _without_prefix(name: str) -> str:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of a report: scores and times against the compression ratio, and differences as a heat map."""
+"""Plots of a report: lines against the compression ratio, the cache at equal quality, differences as a heat map."""
 
 from __future__ import annotations
 
@@ -154,6 +154,48 @@ def plot_lines(
         if not panels:
             markers = [_handle(press, linestyle="none", **styles.of_press(press)) for press in presses]
             figure.legend(handles=markers, loc="outside lower left", ncols=3)
+    return figure
+
+
+def plot_kept_shares(table: pd.DataFrame, styles: Styles, metric: str) -> Figure:
+    """
+    The share of the cache that the bare press needs, against the one that the wrapper keeps: one panel for each kind.
+
+    ``table`` has rows of one benchmark and one metric, see ``equal_quality.COLUMNS``. Above the diagonal the wrapper
+    takes less. Where no share of those measured has the score, nothing is drawn.
+    """
+    table = table.dropna(subset=["needed_share"])
+    kinds, presses = list(table["kind"].unique()), list(table["press"].unique())
+    n_columns = min(3, len(kinds))
+    n_rows = math.ceil(len(kinds) / n_columns)
+    with mpl.rc_context(_style()):
+        figure = Figure(figsize=(max(5, 3.8 * n_columns), 3.6 * n_rows + 1.1), layout="constrained")
+        grid = figure.subplots(n_rows, n_columns, squeeze=False, sharex=True, sharey=True)
+        for axes in list(grid.flat)[len(kinds) :]:
+            axes.set_visible(False)
+        for axes, kind in zip(grid.flat, kinds):
+            axes.plot([0, 100], [0, 100], color=_INK, linewidth=1.2, alpha=0.6)
+            axes.set_title(kind, fontsize=10)
+            for press, line in table[table["kind"] == kind].groupby("press", sort=False):
+                line = line.sort_values("kept_share", kind="stable")
+                style = styles.of_press(press)
+                # What the interval's ends need.
+                ends = [line["kept_share"] / (1 - line[end]) - line["needed_share"] for end in ("low", "high")]
+                axes.errorbar(
+                    100 * line["kept_share"],
+                    100 * line["needed_share"],
+                    100 * np.abs(ends),
+                    **style,
+                    markersize=5,
+                    linewidth=1.5,
+                    elinewidth=1,
+                )
+            axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
+        figure.supxlabel("cache that the wrapper keeps, %", fontsize=11)
+        figure.supylabel(f"cache that the bare press needs\nfor the same {metric}, %", fontsize=11)
+        handles = [_handle(press, linestyle="none", **styles.of_press(press)) for press in presses]
+        handles.append(_handle("no gain", linewidth=1.2, alpha=0.6))
+        figure.legend(handles=handles, loc="outside upper left", ncols=4 if n_columns > 1 else 2)
     return figure
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -126,6 +127,13 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """The settings of the measurement, whatever the press and however much it evicts."""
         return {name: value for name, value in self.shared.items() if name not in EVICTION_SETTINGS}
+
+    def samples(self, metric: str) -> pd.Series:
+        """Its finite scores, by task and sample; what is asked about one context is one sample, their mean."""
+        scores = self.scores[metric][np.isfinite(self.scores[metric])]
+        table = self.predictions.loc[scores.index]
+        by = [table["task"], table.get("context_number", table.index)]
+        return scores.groupby(by).mean().rename_axis(["task", "sample"])
 
 
 @dataclass(frozen=True)

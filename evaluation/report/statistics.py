@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.stats import bootstrap, permutation_test
 
 N_RESAMPLES = 9999
-"""Bootstrap samples of an interval, and sign flips of a test where all of them would be more."""
+"""Bootstrap samples of a difference's interval, and sign flips of a test where all of them would be more."""
 
 CONFIDENCE_LEVEL = 0.95
 """Of the intervals."""
@@ -81,7 +81,7 @@ def means_with_intervals(scores: pd.DataFrame, seed: int) -> dict[str, Any]:
         values = column.to_numpy()
         metrics[str(name)] = float(values.mean())
         if len(values) > 1:
-            metrics[f"{name}_interval"] = list(_interval([values], seed, n_resamples=2000))
+            metrics[f"{name}_interval"] = list(interval([values], seed=seed))
     return metrics
 
 
@@ -95,8 +95,57 @@ def mean_of_tasks(tasks: Sequence[Any], seed: int = 0) -> tuple[float, float, fl
     samples = [np.asarray(task, dtype=np.float64) for task in tasks]
     low = high = math.nan
     if samples and all(task.size > 1 for task in samples):
-        low, high = _interval(samples, seed, n_resamples=2000)
+        low, high = interval(samples, seed=seed)
     return float(_mean_of_means(*samples)) if samples else math.nan, low, high
+
+
+def ratio_of_sums(top: Any, bottom: Any, seed: int = 0) -> tuple[float, float, float]:
+    """
+    ``sum(top) / sum(bottom)``, and the ends of its 95 % bootstrap interval: pairs of numbers are resampled.
+
+    The bottoms are positive. The ends are NaN for one pair only; all is NaN where there is none.
+    """
+    tops, bottoms = (np.asarray(side, dtype=np.float64) for side in (top, bottom))
+    if not tops.size:
+        return math.nan, math.nan, math.nan
+    low = high = math.nan
+    if tops.size > 1:
+        low, high = interval([tops, bottoms], _ratio_of_sums, seed, paired=True)
+    return float(_ratio_of_sums(tops, bottoms)), low, high
+
+
+def interval(
+    samples: Sequence[np.ndarray],
+    statistic: Callable[..., np.ndarray] | None = None,
+    seed: int = 0,
+    n_resamples: int = 2000,
+    *,
+    paired: bool = False,
+) -> tuple[float, float]:
+    """
+    Percentile bootstrap interval, 95 %, of a statistic: by default the mean of the tasks' means.
+
+    Parameters
+    ----------
+    samples : sequence of np.ndarray
+        Of each task, two or more, shape ``(n_samples,)``. Each task is resampled by itself, or where they are
+        ``paired`` all by the same draws.
+    statistic : callable, optional
+        ``statistic(*samples, axis)``; it is given many resamples at a time, shape ``(n_resamples, n_samples)``.
+    """
+    ends = bootstrap(
+        samples,
+        statistic or _mean_of_means,
+        n_resamples=n_resamples,
+        vectorized=True,
+        paired=paired,
+        confidence_level=CONFIDENCE_LEVEL,
+        method="percentile",
+        # No more than some 10^7 numbers at a time.
+        batch=max(1, 10**7 // max(task.size for task in samples)),
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(ends.low), float(ends.high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -118,24 +167,8 @@ def _difference(samples: list[np.ndarray], seed: int) -> PairedDifference:
     mean = math.fsum(math.fsum(task) / task.size for task in samples) / len(samples)
     low = high = math.nan
     if all(task.size > 1 for task in samples):
-        low, high = _interval(samples, seed)
+        low, high = interval(samples, seed=seed, n_resamples=N_RESAMPLES)
     return PairedDifference(mean + 0.0, low + 0.0, high + 0.0, _sign_flip_p_value(samples, seed))
-
-
-def _interval(samples: Sequence[np.ndarray], seed: int, n_resamples: int = N_RESAMPLES) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of the tasks' means."""
-    interval = bootstrap(
-        samples,
-        _mean_of_means,
-        n_resamples=n_resamples,
-        vectorized=True,
-        confidence_level=CONFIDENCE_LEVEL,
-        method="percentile",
-        # No more than some 10^7 numbers at a time.
-        batch=max(1, 10**7 // max(task.size for task in samples)),
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
 
 
 def _sign_flip_p_value(samples: list[np.ndarray], seed: int) -> float:
@@ -159,6 +192,10 @@ def _sign_flip_p_value(samples: list[np.ndarray], seed: int) -> float:
 
 def _mean_of_means(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
     return np.mean([np.mean(task, axis=axis) for task in samples], axis=0)
+
+
+def _ratio_of_sums(top: np.ndarray, bottom: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.sum(top, axis=axis) / np.sum(bottom, axis=axis)
 
 
 def _flat(samples: list[np.ndarray]) -> list[float]:

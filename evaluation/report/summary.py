@@ -14,7 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from evaluation.report.compare import ALL_TASKS, compare_twins, describe
+from evaluation.report.compare import ALL_TASKS, compare_twins, describe, twins_of
+from evaluation.report.equal_quality import equal_quality
+from evaluation.report.kept import METRIC, answers_of, harmed_answers, kept_table
 from evaluation.report.runs import PREFIXES, Results, Run, direction_of
 from evaluation.report.statistics import means_with_intervals
 from evaluation.report.tables import ALPHA
@@ -32,7 +34,8 @@ class Benchmark:
     Runs that differ in the press and in how much it evicts, and in nothing else.
 
     Tables name it by its label, files by its slug. With its runs go their comparisons, the metric that is drawn, and
-    published scores of the same dataset with the same model.
+    published scores of the same dataset with the same model; and the tables of kept and lost answers, of harmed ones,
+    and of the cache at equal quality.
     """
 
     label: str
@@ -41,6 +44,14 @@ class Benchmark:
     table: pd.DataFrame
     metric: str
     references: list[dict[str, Any]]
+    kept: pd.DataFrame
+    harmed: pd.DataFrame
+    equal: pd.DataFrame
+
+    @property
+    def quality_metric(self) -> str:
+        """The metric in which the cache at equal quality is shown."""
+        return METRIC if METRIC in set(self.equal["metric"]) else self.metric
 
 
 def compare_all(results: Results) -> tuple[list[Benchmark], list[str]]:
@@ -74,14 +85,17 @@ def compare_all(results: Results) -> tuple[list[Benchmark], list[str]]:
         ]
         slug = f"{len(benchmarks) + 1}-{re.sub(r'[^a-z0-9]+', '-', label.lower()).strip('-')[:60]}"
         metric = primary if primary in metrics else metrics[0]
-        benchmarks.append(Benchmark(label, slug, runs, table, str(metric), references))
+        answers = answers_of(twins_of(runs), [run for run in runs if run.kind == "full"], label)
+        tables = kept_table(answers), harmed_answers(answers), equal_quality(runs, label)
+        benchmarks.append(Benchmark(label, slug, runs, table, str(metric), references, *tables))
         notes += [f"{label}: {note}" for note in more]
     return benchmarks, list(dict.fromkeys(notes))
 
 
-def all_tables(benchmarks: Sequence[Benchmark]) -> pd.DataFrame:
-    """The comparisons of all benchmarks."""
-    return pd.concat([benchmark.table for benchmark in benchmarks], ignore_index=True)
+def all_tables(benchmarks: Sequence[Benchmark], name: str = "table") -> pd.DataFrame:
+    """The comparisons of all benchmarks, or another table that they have."""
+    tables = [getattr(benchmark, name) for benchmark in benchmarks]
+    return pd.concat([table for table in tables if len(table)] or tables[:1], ignore_index=True)
 
 
 def summarize(table: pd.DataFrame) -> pd.DataFrame:

@@ -66,13 +66,17 @@ def write_report(folder: Path, results: Results, benchmarks: Sequence[Benchmark]
     """
 
     def write(place: Path) -> None:
-        table, scores = all_tables(benchmarks), score_table(benchmarks)
+        table = all_tables(benchmarks)
         table.to_csv(place / "comparisons.csv", index=False)
-        scores.to_csv(place / "scores.csv", index=False)
-        if len(turns := turn_table(benchmarks)):
-            turns.to_csv(place / "turns.csv", index=False)
+        score_table(benchmarks).to_csv(place / "scores.csv", index=False)
+        turns = turn_table(benchmarks)
+        others = {"kept": all_tables(benchmarks, "kept"), "harmed": all_tables(benchmarks, "harmed")}
+        others |= {"equal_quality": all_tables(benchmarks, "equal"), "turns": turns}
+        for name, other in others.items():
+            if len(other):
+                other.to_csv(place / f"{name}.csv", index=False)
         sections = draw_sections(place, results, benchmarks)
-        page = render_page(sections, results, benchmarks, notes, scores, turns)
+        page = render_page(sections, results, benchmarks, notes, turns)
         (place / "index.html").write_text(page, encoding="utf-8")
         markdown = render_markdown(sections, notes, verdict_on(summarize(table)))
         (place / "README.md").write_text(markdown, encoding="utf-8")

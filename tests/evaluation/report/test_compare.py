@@ -49,6 +49,8 @@ def test_a_comparison_has_paper_and_pencil_numbers(pair):
     qa = table.loc["qa"]
     assert (qa["bare"], qa["merged"], qa["difference"]) == (37.5, 56.25, 18.75)
     assert (qa["n_samples"], qa["wins"], qa["ties"], qa["losses"]) == (4, 1, 2, 1)
+    assert (qa["mean_loss"], qa["worst_loss"]) == (25, 25)
+    assert table.loc["vt", ["mean_loss", "worst_loss"]].isna().all()
     assert table.loc[ALL_TASKS, "difference"] == (18.75 + 50) / 2
     assert table.loc[ALL_TASKS, "n_samples"] == 6
     expected = paired_difference([[100, 0, 0, -25], [0, 100]])
@@ -217,7 +219,7 @@ def test_of_repeats_the_newest_is_taken_and_told(tmp_path):
 def test_only_shared_samples_are_compared_and_told(pair):
     file = pair[1] / "predictions.csv"
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
-    table, notes = compare_folders(*pair)
+    table, _, notes = compare_folders(*pair)
     assert table.set_index("task").loc["vt", "n_samples"] == 1
     assert any("5 samples are in both runs, of 6 and 5" in note for note in notes)
 
@@ -226,7 +228,7 @@ def test_samples_without_a_score_are_left_out_and_told(pair):
     predictions = pd.read_csv(pair[1] / "predictions.csv").astype({"string_match": float})
     predictions.loc[0, "string_match"] = math.inf
     predictions.to_csv(pair[1] / "predictions.csv", index=False)
-    table, notes = compare_folders(*pair)
+    table, _, notes = compare_folders(*pair)
     assert table.set_index("task").loc["qa", "n_samples"] == 3
     assert any("1 samples without a finite string_match" in note for note in notes)
 
@@ -277,6 +279,18 @@ def test_two_runs_are_compared_on_the_command_line(pair, capsys):
     assert "1/2/1" in out
 
 
+def test_what_gets_worse_is_told_by_how_much_on_average_and_at_worst(tmp_path, capsys):
+    tasks = {"qa": [0.0] * 4}
+    bare = write_run(tmp_path, "knorm", KnormPress(0.5), tasks, nll=[1.0] * 4)
+    press = MergingPress(KnormPress(0.5))
+    merged = write_run(tmp_path, "merging_knorm", press, tasks, nll=[0.5, 1.0, 1.25, 2.75])
+    row = compare_runs(read_run(bare), read_run(merged), benchmark="b").set_index("metric").loc["answer_nll"]
+    assert (row["wins"], row["ties"], row["losses"]) == (1, 1, 2)
+    assert (row["mean_loss"], row["worst_loss"]) == (1, 1.75)
+    main(["compare", str(bare), str(merged)])
+    assert re.search(r"1/1/2 +1\.00 \(1\.75\)", capsys.readouterr().out)
+
+
 def test_in_a_narrow_terminal_names_differences_and_verdicts_stay(pair, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -292,5 +306,5 @@ def test_two_folders_are_compared_run_by_run(tmp_path, capsys):
     for root, score in (("old", 0.0), ("new", 1.0)):
         write_run(tmp_path / root, "knorm", KnormPress(0.5), {"qa": [score] * 3})
         write_run(tmp_path / root, "merging_knorm", MergingPress(KnormPress(0.5)), {"qa": [2 * score] * 3})
-    table, _ = compare_folders(tmp_path / "old", tmp_path / "new")
+    table, _, _ = compare_folders(tmp_path / "old", tmp_path / "new")
     assert sorted(table["difference"]) == [1, 2]

@@ -220,7 +220,7 @@ def test_a_report_has_tables_plots_and_a_page(report):
     names = {file.name for file in report.iterdir()}
     assert {"comparisons.csv", "README.md", "scores.csv", "index.html", MARKER} <= names
     for dataset in ("fidelity", "ruler-synthetic"):
-        for plot in ("scores", "times", "differences"):
+        for plot in ("scores", "times", "cache", "differences"):
             assert sum(dataset in name and plot in name for name in names) == 2  # PNG and SVG
     for file in report.glob("*.svg"):
         xml.etree.ElementTree.parse(file)
@@ -231,6 +231,8 @@ def test_a_report_has_tables_plots_and_a_page(report):
     assert len(table) == 4 * 3 + 4 * 4  # two tasks and all of them; four metrics
     scores = pd.read_csv(report / "scores.csv")
     assert len(scores) == 9 * 2 + 9 * 4
+    assert len(pd.read_csv(report / "equal_quality.csv")) == 4 + 4 * 4  # in each metric
+    assert not (report / "kept.csv").exists()  # no likelihood was measured
 
 
 def test_the_markdown_page_shows_what_the_page_does_where_html_is_shown_as_source(report):
@@ -238,9 +240,9 @@ def test_the_markdown_page_shows_what_the_page_does_where_html_is_shown_as_sourc
     pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
     assert sorted(pictures) == sorted(file.name for file in report.glob("*.png"))
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| ---", "| press"))]
-    table = pd.read_csv(report / "comparisons.csv")
+    table, equal = (pd.read_csv(report / f"{name}.csv") for name in ("comparisons", "equal_quality"))
     n_compared = len(table.groupby(["benchmark", "press", "kind", "level", "metric"]))
-    assert len(rows) == n_compared
+    assert len(rows) == n_compared + equal["metric"].isin(["kl", "string_match"]).sum()
     assert verdict_on(summarize(table)) in text
 
 
@@ -310,7 +312,7 @@ def test_in_a_browser_the_page_fits_sorts_and_asks_the_network_for_nothing(repor
     assert (seen["scripts"], seen["images"], seen["handlers"], seen["hacked"]) == (1, 0, 0, False)
     assert HOSTILE.split("|")[0] in seen["text"]
     assert seen["repeated_ids"] == seen["dangling"] == []
-    assert len(seen["svg_sizes"]) == 6
+    assert len(seen["svg_sizes"]) == 8
     assert min(seen["svg_sizes"]) > 0.7 * min(width, 400)
     assert len(seen["tables"]) >= 6
     for table in seen["tables"]:
