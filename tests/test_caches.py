@@ -39,7 +39,11 @@ def unpack_in_python() -> None:
 
 
 def quantized(model, backend: str, residual_length: int = 128) -> QuantizedCache:
-    unpack_in_python()
+    if backend.startswith("quanto"):
+        pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
+        unpack_in_python()
+    else:
+        pytest.importorskip("hqq", reason="needs hqq")
     return QuantizedCache(config=model.config, q_group_size=16, residual_length=residual_length, **BACKENDS[backend])
 
 
