@@ -204,7 +204,7 @@ def test_trial_is_made_once_for_each_device_dtype_and_head_dim(monkeypatch):
 @pytest.mark.parametrize("serves", [True, False])
 @interpreted
 def test_auto_takes_the_kernel_where_it_serves(monkeypatch, serves):
-    monkeypatch.setattr(nearest_module, "_triton_serves", lambda keys: serves)
+    monkeypatch.setattr(nearest_module, "takes_triton", lambda keys: serves)
     layer = random_layer(1, 1, 60, 20, head_dim=64)
     with mock.patch.object(nearest_triton, "search", wraps=nearest_triton.search) as searched:
         nearest_survivors(layer.keys, torch.ones(1, 1, 60, dtype=torch.bool), layer.eviction)
@@ -217,11 +217,11 @@ def test_auto_asks_on_a_gpu_alone_and_of_these_very_keys_whether_the_kernel_serv
 
     gpu = torch.device("cuda", 1)
     with mock.patch.object(nearest_module, "serves") as serves:
-        assert nearest_module._triton_serves(keys_on(gpu)) is serves.return_value
+        assert nearest_module.takes_triton(keys_on(gpu)) is serves.return_value
         serves.assert_called_once_with(gpu, torch.bfloat16, 64, nearest_survivors)
-        assert not nearest_module._triton_serves(keys_on(torch.device("cpu")))
+        assert not nearest_module.takes_triton(keys_on(torch.device("cpu")))
         monkeypatch.setattr(nearest_module, "find_spec", lambda name: None)
-        assert not nearest_module._triton_serves(keys_on(gpu))
+        assert not nearest_module.takes_triton(keys_on(gpu))
     assert serves.call_count == 1
 
 
