@@ -105,14 +105,7 @@ def main(argv: Sequence[str]) -> None:
     show(table, f"Distance from the full cache (windows: {config.n_contexts})")
     for kind, what in (("merged", "Merging"), ("matching", "Matching")):
         print(verdict(table[table["kind"] == kind], what))
-    question = answers[0].predictions.iloc[0]
-    print(
-        f"\nNeedle: the context says {', '.join(json.loads(question['answer']))}. Asked: {question['question'].strip()}"
-    )
-    for each in sorted(answers, key=lambda each: (each.kind != "full", each.press, KIND_ORDER.index(each.kind))):
-        row, label = each.predictions.iloc[0], f"{each.press} {each.ratio:g}, {each.kind}"
-        found, said = "found" if row["string_match"] else "missed", " ".join(str(row["predicted_answer"]).split())
-        print(f"  {label:37}  {found:6}  {said}")
+    print("", *answer_lines(answers), sep="\n")
     print(f"\nWritten to {folder / 'demo.json'} and {folder / 'demo.png'} after {record['seconds']:.0f} s.")
     if config.model == BUILT_IN_MODEL:
         print(FURTHER.format(python=shlex.quote(sys.executable)))
@@ -136,6 +129,19 @@ def measure(config: DemoConfig) -> tuple[list[Run], pd.DataFrame, Any]:
     table = summarize(benchmark.table)
     styles = Styles(list(PRESSES), ["bare", "merged", "matching"])
     return results.runs, table[table["metric"] == "kl"], draw(benchmark, styles)[0].figure
+
+
+def answer_lines(answers: Sequence[Run]) -> list[str]:
+    """What was asked for, and what was answered from each cache."""
+    question = answers[0].predictions.iloc[0]
+    lines = [
+        f"Needle: the context says {', '.join(json.loads(question['answer']))}. Asked: {question['question'].strip()}"
+    ]
+    for each in sorted(answers, key=lambda each: (each.kind != "full", each.press, KIND_ORDER.index(each.kind))):
+        row, label = each.predictions.iloc[0], f"{each.press} {each.ratio:g}, {each.kind}"
+        found, said = "found" if row["string_match"] else "missed", " ".join(row["predicted_answer"].split())
+        lines.append(f"  {label:37}  {found:6}  {said}")
+    return lines
 
 
 def verdict(table: pd.DataFrame, what: str) -> str:
