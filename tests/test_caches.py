@@ -203,7 +203,7 @@ class OtherLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def lazy_initialization(self, key_states, value_states):
+    def lazy_initialization(self, *states):
         self.is_initialized = True
 
     def update(self, key_states, value_states, cache_kwargs=None):
