@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[eval,dev,docs,ray]'
 	@touch $@
 
-demo: $(STAMP)  ## compare full cache, eviction, merging and matching on a real model: about 3 minutes on 2 cores
+demo: $(STAMP)  ## compare full cache, eviction, merging and matching on a real model: about 3 minutes on 2 idle cores
 	@$(BIN)/python -m evaluation demo
 
 test: $(STAMP)  ## run the tests, those on the real model included
