@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import transformers.utils.import_utils  # noqa: F401 (looks for what is stood in for below)
+
 evaluation_folder, model_folder, output_folder, configurations = sys.argv[1:]
 sys.path.insert(0, evaluation_folder)
-# transformers 4 looks for some of what is stood in for below when it is imported.
-import transformers.utils.import_utils  # noqa: F401
-
 # Libraries of benchmarks that are not run here.
 for name in ("rouge", "jieba", "fuzzywuzzy", "bert_score", "nltk", "nltk.translate", "nltk.translate.bleu_score"):
     sys.modules.setdefault(name, mock.MagicMock())
