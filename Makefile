@@ -4,6 +4,9 @@
 PYTHON ?= python3
 # Where to get torch from, if not from pip's own index: https://download.pytorch.org/whl/cpu, for instance.
 TORCH_INDEX_URL ?=
+# Those of the environments of test-lowest and test-latest: the oldest and the newest that were tested, if they are there.
+LOWEST_PYTHON ?= $(or $(shell python3.10 -c "print(\"python3.10\")" 2>/dev/null),$(PYTHON))
+LATEST_PYTHON ?= $(or $(shell python3.13 -c "print(\"python3.13\")" 2>/dev/null),$(PYTHON))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -37,7 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[eval,dev,docs,ray]'
 	@touch $@
 
-demo: $(STAMP)  ## compare full cache, eviction, merging and matching on a real model: about 3 minutes on 2 cores
+demo: $(STAMP)  ## compare full cache, eviction, merging and matching on a real model: about 3 minutes on 2 idle cores
 	@$(BIN)/python -m evaluation demo
 
 test: $(STAMP)  ## run the tests, those on the real model included
@@ -48,25 +51,25 @@ test-long: $(STAMP)  ## run what takes long: thousands of drawn cases, an except
 		tests/kernels/test_kernel_properties.py tests/test_properties.py
 	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 -m long
 
-test-lowest: .venv-lowest/.installed  ## run the tests with the oldest packages that pyproject.toml allows
+test-lowest: .venv-lowest/.installed  ## run the tests with the oldest packages that pyproject.toml allows: gigabytes
 	@$(RUN_TESTS) .venv-lowest/bin/python -m pytest -n 2
 
-test-latest: .venv-latest/.installed  ## run the tests with the newest packages that pyproject.toml allows
+test-latest: .venv-latest/.installed  ## run the tests with the newest packages that pyproject.toml allows: gigabytes
 	@$(RUN_TESTS) .venv-latest/bin/python -m pytest -n 2
 
 .venv-lowest/.installed: pyproject.toml constraints-lowest.txt
-	$(call install,.venv-lowest,-c constraints-lowest.txt)
+	$(call install,.venv-lowest,$(LOWEST_PYTHON),$$(grep '^torch==' constraints-lowest.txt),-c constraints-lowest.txt)
 
 .venv-latest/.installed: pyproject.toml
-	$(call install,.venv-latest,--upgrade --upgrade-strategy eager)
+	$(call install,.venv-latest,$(LATEST_PYTHON),'torch<3',--upgrade --upgrade-strategy eager)
 
-# An environment of its own, with this torch whatever else is in it.
+# An environment of its own: this Python, torch by itself and first, then the rest.
 define install
-@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
-@echo "Installing into $(1) (a few minutes, once) ..."
+@test -x $(1)/bin/python || $(2) -m venv $(1)
+@echo "Installing into $(1) (some minutes and gigabytes, once) ..."
 @$(1)/bin/python -m pip install -qq --disable-pip-version-check \
-	$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $$(grep '^torch==' constraints.txt)
-@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(2) -e '.[eval,dev,docs,ray]'
+	$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(3)
+@$(1)/bin/python -m pip install -qq --disable-pip-version-check $(4) -e '.[eval,dev,docs,ray]'
 @$(1)/bin/python -m pip freeze --disable-pip-version-check | grep -E '^(torch|transformers|kvpress|datasets|pandas|numpy)=='
 @touch $@
 endef

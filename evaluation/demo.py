@@ -82,6 +82,11 @@ def main(argv: Sequence[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if config.quiet:
         transformers_logging.disable_progress_bar()
+    elif config.device in (None, "cpu"):
+        print(
+            f"About 3 minutes on 2 idle cores with {BUILT_IN_MODEL}, and more where others use them too.",
+            file=sys.stderr,
+        )
     started = time.perf_counter()
     try:
         runs, table, plot = measure(config)
@@ -105,14 +110,7 @@ def main(argv: Sequence[str]) -> None:
     show(table, f"Distance from the full cache (windows: {config.n_contexts})")
     for kind, what in (("merged", "Merging"), ("matching", "Matching")):
         print(verdict(table[table["kind"] == kind], what))
-    question = answers[0].predictions.iloc[0]
-    print(
-        f"\nNeedle: the context says {', '.join(json.loads(question['answer']))}. Asked: {question['question'].strip()}"
-    )
-    for each in sorted(answers, key=lambda each: (each.kind != "full", each.press, KIND_ORDER.index(each.kind))):
-        row, label = each.predictions.iloc[0], f"{each.press} {each.ratio:g}, {each.kind}"
-        found, said = "found" if row["string_match"] else "missed", " ".join(str(row["predicted_answer"]).split())
-        print(f"  {label:37}  {found:6}  {said}")
+    print("", *answer_lines(answers), sep="\n")
     print(f"\nWritten to {folder / 'demo.json'} and {folder / 'demo.png'} after {record['seconds']:.0f} s.")
     if config.model == BUILT_IN_MODEL:
         print(FURTHER.format(python=shlex.quote(sys.executable)))
@@ -129,13 +127,28 @@ def measure(config: DemoConfig) -> tuple[list[Run], pd.DataFrame, Any]:
     with tempfile.TemporaryDirectory() as folder:
         shared = {"model": config.model, "text_file": config.text_file, "seed": config.seed, "output_dir": folder}
         # Needles first: the first prefill pays for allocations and thread pools, which is no press's fault.
-        for cell in tqdm([*needles, *cells], desc="demo", unit="run", disable=config.quiet):
+        progress = tqdm([*needles, *cells], desc="demo", unit="run", disable=config.quiet)
+        for cell in progress:
+            progress.set_postfix_str(f"{cell['press_name']} on {cell['dataset']}")
             run(EvaluationConfig(**{**shared, **cell}, quiet=True), model, tokenizer)
         results = read_results(Path(folder))
     benchmark = next(each for each in compare_all(results)[0] if each.metric == "kl")
     table = summarize(benchmark.table)
     styles = Styles(list(PRESSES), ["bare", "merged", "matching"])
     return results.runs, table[table["metric"] == "kl"], draw(benchmark, styles)[0].figure
+
+
+def answer_lines(answers: Sequence[Run]) -> list[str]:
+    """What was asked for, and what was answered from each cache."""
+    question = answers[0].predictions.iloc[0]
+    lines = [
+        f"Needle: the context says {', '.join(json.loads(question['answer']))}. Asked: {question['question'].strip()}"
+    ]
+    for each in sorted(answers, key=lambda each: (each.kind != "full", each.press, KIND_ORDER.index(each.kind))):
+        row, label = each.predictions.iloc[0], f"{each.press} {each.ratio:g}, {each.kind}"
+        found, said = "found" if row["string_match"] else "missed", " ".join(row["predicted_answer"].split())
+        lines.append(f"  {label:37}  {found:6}  {said}")
+    return lines
 
 
 def verdict(table: pd.DataFrame, what: str) -> str:

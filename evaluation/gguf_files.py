@@ -39,6 +39,9 @@ def convert_gguf(gguf_file: Path, folder: Path, dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name, dtype=dtype)
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
+    # transformers 5 has a name of its own for this class that 4 does not know; both know the older one.
+    config = folder / "tokenizer_config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast"))
 
 
 def read_gguf_tokenizer(gguf_file: Path) -> PreTrainedTokenizerBase:

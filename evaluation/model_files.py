@@ -27,7 +27,7 @@ BUILT_IN_MODEL = "smollm2"
 """The name of the model that is taken if none is named."""
 
 # Part of the folder's name: raise it when the conversion changes, and old folders are left aside.
-_CONVERSION = 2
+_CONVERSION = 3
 _CHECKSUMS = "SHA256SUMS"
 # What reading a damaged zip file raises, beside its own error: damage can hit a name, a length, a flag or a method.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, RuntimeError, FileNotFoundError)

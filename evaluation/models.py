@@ -143,6 +143,12 @@ def _locate(model: str) -> str:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return str(folder)
+    if folder.is_file():
+        advice = "Give the folder, with a tokenizer in it"
+        if folder.suffix == ".gguf":
+            named = json.dumps({"gguf_file": folder.name})
+            advice += f", and name the file: --model {folder.parent} --model_kwargs '{named}'"
+        raise ModelUnavailableError(f"{model!r} is a file, not a folder. {advice}")
     if folder.is_absolute() or model.startswith((".", "~")):
         raise ModelUnavailableError(f"There is no folder {model!r} to load a model from.")
     return model

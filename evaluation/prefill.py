@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import kvpress
 import torch
-from kvpress import BasePress, DecodingPress, DMSPress, PrefillDecodingPress, RestoreKVPress
+from kvpress import BasePress, DecodingPress, DMSPress, PrefillDecodingPress
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -19,6 +20,9 @@ from evaluation.peers.kvfold import KVFoldPress
 from evaluation.peers.logit_bias import biased_attention
 from kvpress_merging.checks import rotates_keys
 from kvpress_merging.following.model import attention_modules
+
+# What appends to the context; an older kvpress has no such press.
+_APPENDING = getattr(kvpress, "RestoreKVPress", ())
 
 
 @dataclass
@@ -90,7 +94,7 @@ def prefill(model: PreTrainedModel, input_ids: torch.Tensor, press: BasePress | 
 
 def start_after(press: BasePress | None, cache: DynamicCache, context_length: int) -> int:
     """Where kvpress's pipeline goes on: some presses renumber what they keep of the context, or append to it."""
-    if press is not None and (rotates_keys(press) or isinstance(press, RestoreKVPress)):
+    if press is not None and (rotates_keys(press) or isinstance(press, _APPENDING)):
         return cache.get_seq_length()
     return context_length
 

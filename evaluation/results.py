@@ -25,6 +25,12 @@ from kvpress_merging import __version__
 FILES = ("config.yaml", "predictions.csv", "metrics.json")
 """What makes a folder a run."""
 
+IDENTITY = (
+    *("task", "start", "context", "question", "answer_prefix", "answer", "answers", "all_classes"),
+    *("needle", "needle_depth"),
+)
+"""Columns that say which sample a row is about."""
+
 
 def write_results(
     config: EvaluationConfig,
@@ -54,10 +60,23 @@ def write_files(
 
     def write(place: Path) -> None:
         config.save(place / "config.yaml", versions)
-        table.to_csv(place / "predictions.csv", index=False)
+        table.to_csv(place / "predictions.csv", index=False, lineterminator="\n")
         (place / "metrics.json").write_text(json.dumps(metrics, indent=4) + "\n", encoding="utf-8")
 
     return write_folder(Path(config.output_dir).expanduser() / config.folder_name(), write)
+
+
+def read_predictions(folder: Path) -> pd.DataFrame:
+    """
+    Read the ``predictions.csv`` of a run.
+
+    What the model said and what says which sample it was (``IDENTITY``) come as the text that was written, whatever it
+    looks like: digits are no number, and neither ``nan`` nor nothing at all is a missing value. The rest is read as
+    pandas reads it. Where the file cannot be read that is an ``OSError`` or a ``ValueError``.
+    """
+    # A converter takes the place of all that pandas makes of a text by itself; and a carriage return ends no line.
+    as_text = dict.fromkeys((*IDENTITY, "predicted_answer"), str)
+    return pd.read_csv(folder / "predictions.csv", converters=as_text, lineterminator="\n")
 
 
 def find_results(config: EvaluationConfig) -> Path | None:

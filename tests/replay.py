@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from unittest import mock
@@ -56,6 +57,15 @@ def input_ids_for(case: Case, bsz: int = 1, length: int = N_CONTEXT) -> torch.Te
     if case.needs == "delimiter":
         input_ids[:, length - 16] = 5
     return input_ids
+
+
+def error_of(call: Callable[[], object]) -> tuple[type, str] | None:
+    """What a call raises, and with which words; None if it does not."""
+    try:
+        call()
+    except Exception as error:
+        return type(error), str(error)
+    return None
 
 
 def max_error_left(share: float) -> AbstractContextManager:

@@ -19,6 +19,7 @@ def write_run(
     *,
     seconds=0.5,
     identity="a",
+    said="1",
     nll=None,
     n_questions=1,
     versions=VERSIONS,
@@ -41,7 +42,7 @@ def write_run(
                 row |= {"start": 100 * len(rows), "kl": score, "nll": 2 + score, "nll_full": 2.0}
                 row |= {"top1_agreement": 1 - score, "attention_error": score / 2, "prefill_seconds": seconds}
             else:
-                row |= {"question": "?", "answer": json.dumps([identity]), "predicted_answer": "1"}
+                row |= {"question": "?", "answer": json.dumps([identity]), "predicted_answer": said}
                 row |= {"seconds": seconds, "string_match": score}
                 if n_questions > 1:
                     row |= {"context_number": len(rows) // n_questions, "turn": len(rows) % n_questions + 1}

@@ -15,6 +15,7 @@ import sys
 import torch
 import torch.distributed as dist
 from kvpress import KeyDiffPress, KnormPress, StreamingLLMPress
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
@@ -49,7 +50,9 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
 def main(checkpoint: str, out: str) -> None:
     dist.init_process_group("gloo")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, tp_plan="auto").eval()
-    results: dict = {"rows of q_proj": model.model.layers[0].self_attn.q_proj.weight.shape[0]}
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight = weight.to_local() if isinstance(weight, DTensor) else weight  # as transformers 4 keeps it
+    results: dict = {"rows of q_proj": weight.shape[0]}
     for name, make in PRESSES.items():
         layers, report = prefill(model, make())
         results[name] = [tuple(gathered(part) for part in layer) for layer in layers], report

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from pdoc.__main__ import cli
+from extras import needs_extra
 
 import kvpress_merging
 
@@ -69,7 +69,10 @@ def test_what_a_public_method_takes_is_what_its_docstring_tells(class_name):
             assert documented == taken, f"{class_name}.{name}"
 
 
+@needs_extra("docs")
 def test_make_docs_writes_a_page_with_each_public_name_and_its_example(tmp_path):
+    from pdoc.__main__ import cli
+
     makefile = subprocess.run(["make", "-n", "docs"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = makefile.replace("\\\n", " ").splitlines()
     command = next(shlex.split(line) for line in lines if " -m pdoc " in line)

@@ -114,6 +114,31 @@ def test_a_layer_whose_press_fails_is_put_back(wrap, is_inside, llama, input_ids
     assert scorer.compression_ratio == 0.25
 
 
+class MistakenPress(KnormPress):
+    """Makes a mistake in layer 2, unless the prompt is short."""
+
+    def compress(self, module, hidden_states, *args):
+        if module.layer_idx == 2 and hidden_states.shape[1] > 40:
+            raise TypeError("a mistake")
+        return super().compress(module, hidden_states, *args)
+
+
+def test_a_type_error_ends_the_pass_also_where_transformers_tries_another_over_the_same_cache(llama, input_ids):
+    clear_masks(llama)
+    cache, fresh, n_context = DynamicCache(), DynamicCache(), input_ids.shape[1]
+    press = MergingPress(MistakenPress(0.5))
+    with torch.no_grad(), press(llama):
+        with pytest.raises(TypeError, match="a mistake"):
+            llama.model(input_ids=input_ids, past_key_values=cache)
+        try:
+            raise TypeError("something else")
+        except TypeError:
+            llama.model(input_ids=input_ids[:, :40], past_key_values=fresh)
+    lengths = [layer.keys.shape[2] for layer in cache.layers[:3]]
+    assert lengths == [n_context // 2, n_context // 2, n_context]
+    assert [layer.keys.shape[2] for layer in fresh.layers] == [20] * 4
+
+
 def test_tensors_that_a_failing_compress_wrote_into_are_put_back(llama):
     keys, values = torch.randn(2, 1, 2, 20, 16)
     before = keys.clone(), values.clone()

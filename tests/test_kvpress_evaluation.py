@@ -14,6 +14,7 @@ import yaml
 from filelock import FileLock
 from tiny import tiny_checkpoint
 
+pytest.importorskip("gguf", reason="needs gguf, of the extra 'eval'")
 from evaluation.models import cache_folder
 from kvpress_merging.registry import PREFILL_PRESSES
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from every_press import CASES
+from extras import needs_extra
 from kernels import oracle
 from kvpress import DecodingPress, KnormPress
-from matplotlib.figure import Figure
-from matplotlib.image import imread
 from replay import positions_by_value, run
 from tiny import tiny_tokenizer
 
@@ -33,7 +32,7 @@ def merged(llama):
     return press.report
 
 
-def arcs(figure: Figure):
+def arcs(figure):
     return next(collection for collection in figure.axes[0].collections if collection.get_gid() == "arcs")
 
 
@@ -100,6 +99,7 @@ def test_pairs_are_kept_only_where_they_are_asked_for_and_the_error_says_how(lla
         press.report.merges(7)
 
 
+@needs_extra("plot")
 def test_a_prefill_that_evicts_nothing_has_no_pairs(llama):
     press = MergingPress(KnormPress(0.0), record_pairs=True)
     run(llama, press, INPUT_IDS)
@@ -108,7 +108,10 @@ def test_a_prefill_that_evicts_nothing_has_no_pairs(llama):
         press.report.plot_layers()
 
 
+@needs_extra("plot")
 def test_a_picture_has_an_arc_of_its_colour_and_width_for_each_merge_over_the_tokens(merged, tokenizer, tmp_path):
+    from matplotlib.image import imread
+
     figure = merged.plot(tokenizer, INPUT_IDS, 2, 1, batch=1)
     merges = merged.merges(2).query("batch == 1 and head == 1 and weight > 0").sort_values("similarity")
     drawn = arcs(figure)
@@ -129,6 +132,7 @@ def test_a_picture_has_an_arc_of_its_colour_and_width_for_each_merge_over_the_to
     assert imread(tmp_path / "merges.png").std() > 0.05
 
 
+@needs_extra("plot")
 def test_a_stretch_of_the_tokens_shows_the_arcs_that_reach_into_it(merged, tokenizer):
     figure = merged.plot(tokenizer, INPUT_IDS[0], 0, start=10, stop=30)
     merges = merged.merges(0).query("batch == 0 and head == 0 and weight > 0")
@@ -147,11 +151,13 @@ def test_a_stretch_of_the_tokens_shows_the_arcs_that_reach_into_it(merged, token
         ({"start": 30, "stop": 20}, "start and stop must be within 0 and 64, start first, got 30 and 20"),
     ],
 )
+@needs_extra("plot")
 def test_what_cannot_be_drawn_is_an_error_that_says_what_can(arguments, message, merged, tokenizer):
     with pytest.raises(ValueError, match=message):
         merged.plot(**{"tokenizer": tokenizer, "input_ids": INPUT_IDS, "layer_idx": 0, **arguments})
 
 
+@needs_extra("plot")
 def test_the_summary_of_a_blend_draws_the_figures_of_each_layer(merged):
     figure, frame = merged.plot_layers(), merged.to_frame()
     counts, similarity, bound = figure.axes
@@ -161,6 +167,7 @@ def test_the_summary_of_a_blend_draws_the_figures_of_each_layer(merged):
     assert bound.lines[0].get_ydata().tolist() == (100 * frame["bound_mean"]).tolist()
 
 
+@needs_extra("plot")
 def test_matching_has_a_summary_and_says_that_it_knows_no_pairs(llama, tokenizer):
     press = AttentionMatchingPress(KnormPress(0.5))
     run(llama, press, INPUT_IDS)

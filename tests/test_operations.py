@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 
+pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra 'eval'")
 from evaluation.speed.operations import operations_per_layer
 
 MAX_OPERATIONS = {

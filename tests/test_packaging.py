@@ -24,10 +24,11 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
-def test_importing_it_loads_nothing_that_kvpress_has_not_loaded_and_of_its_own_no_plots_and_no_triton():
+def test_importing_it_loads_little_that_kvpress_has_not_loaded_and_of_its_own_no_plots_and_no_triton():
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
     modules = json.loads(done.stdout)
-    assert [name for name in modules if name.split(".")[0] != "kvpress_merging"] == []
+    # packaging reads the ranges of versions.
+    assert {name.split(".")[0] for name in modules} <= {"kvpress_merging", "packaging"}
     assert "kvpress_merging" in modules
     assert not {"kvpress_merging.plots", "kvpress_merging.kernels.nearest_triton"}.intersection(modules)
 

@@ -22,12 +22,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from extras import needs_extra
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
 from matplotlib.image import imread
 from scipy import stats
 
 from evaluation.__main__ import main
 from evaluation.gpu.show import describe, markdown
 from evaluation.report.runs import read_results
+
+pytestmark = needs_extra("eval")
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "evaluation" / "results"

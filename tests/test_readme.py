@@ -18,12 +18,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from extras import needs_extra
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytest.importorskip("gguf", reason="needs gguf, of the extra 'eval'")
 from evaluation.__main__ import COMMANDS, main
 from evaluation.cli import Parser
 from evaluation.models import BUILT_IN_MODEL, built_in_model_folder
+
+pytestmark = needs_extra("eval")
 
 ROOT = Path(__file__).parents[1]
 FILES = ("README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))))

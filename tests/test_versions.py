@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 SECTIONS = ("dependencies", "eval", "ray")
 
 
-def requirements() -> dict[str, Requirement]:
+def requirements(sections: tuple[str, ...] = SECTIONS) -> dict[str, Requirement]:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     found = {}
-    for section in SECTIONS:
+    for section in sections:
         for line in re.search(rf"^{section} = \[(.*?)\]", text, flags=re.DOTALL | re.MULTILINE)[1].split('"')[1::2]:
             requirement = Requirement(line)
             found[requirement.name] = requirement
@@ -49,3 +49,25 @@ def test_the_pinned_packages_lie_in_the_ranges():
 def test_transformers_ends_where_kvpresss_does():
     theirs = next(r for r in map(Requirement, requires("kvpress")) if r.name == "transformers")
     assert bounds(requirements()["transformers"], "<") == bounds(theirs, "<") != []
+
+
+def cells() -> list[dict[str, str]]:
+    """The table of docs/testing.md that says which versions were run together."""
+    page = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    lines = re.search(r"^\| torch \|.*?(?=\n\n)", page, flags=re.DOTALL | re.MULTILINE)[0].splitlines()
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_the_table_of_what_was_run_reaches_both_ends_of_what_is_promised_and_no_further():
+    allowed, tested = requirements(("dependencies",)), requirements(("tested",))
+    for name in tested:
+        run = [Version(cell[name]) for cell in cells()]
+        assert [min(run)] == bounds(allowed[name], ">=")
+        assert [max(run)] == bounds(tested[name], "<=")
+        assert all(version in allowed[name].specifier for version in run)
+
+
+def test_the_pythons_that_are_named_are_those_that_were_run():
+    classifiers = re.findall(r'"Programming Language :: Python :: ([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert set(classifiers) == {".".join(cell["Python"].split(".")[:2]) for cell in cells()}

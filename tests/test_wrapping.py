@@ -9,7 +9,7 @@ import pickle
 
 import kvpress
 import pytest
-from every_press import CASES
+from every_press import CASES, newer
 from kvpress import (
     AdaKVPress,
     BasePress,
@@ -164,12 +164,12 @@ def test_every_press_of_kvpress_that_takes_another_is_known():
     named = {"press", "presses", "base_press", "prefilling_press"}
     exported = {name: getattr(kvpress, name) for name in kvpress.__all__ if name.endswith("Press")}
     wrappers = {name for name, press in exported.items() if named & set(inspect.signature(press).parameters)}
-    assert wrappers == NEED_A_SCORER | TAKE_ANY
+    assert wrappers == (NEED_A_SCORER | TAKE_ANY) & set(exported)  # an older kvpress has fewer
 
 
 @pytest.mark.parametrize("name", sorted(NEED_A_SCORER))
 def test_presses_that_need_a_scorer_refuse_a_merging_press(name):
-    wrap = getattr(kvpress, name)
+    wrap = newer(name)
     more = {"compression_ratios": [0.5] * 4} if name == "PerLayerCompressionPress" else {}
     taken = "base_press" if "base_press" in inspect.signature(wrap).parameters else "press"
     wrap(**{taken: KnormPress()}, **more)

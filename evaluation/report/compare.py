@@ -14,10 +14,10 @@ import pandas as pd
 
 from evaluation.cli import Parser
 from evaluation.report.kept import answers_of, kept_shown, kept_table
-from evaluation.report.runs import IDENTITY, PREFIXES, Run, direction_of, is_twin, read_results, read_run
+from evaluation.report.runs import PREFIXES, Run, direction_of, is_twin, read_results, read_run
 from evaluation.report.statistics import holm, paired_difference
 from evaluation.report.tables import ALPHA, show, show_texts
-from evaluation.results import FILES
+from evaluation.results import FILES, IDENTITY
 
 ALL_TASKS = "all tasks"
 """The task of a row that is about the mean over tasks."""
@@ -185,7 +185,7 @@ def _check_same_samples(bare: Run, merged: Run, shared: pd.Index) -> None:
         if name == "nll_full":
             different, what = (one - other).abs() > _NLL_TOLERANCE * one.abs(), "likelihood with the full cache"
         else:
-            different, what = one.fillna("") != other.fillna(""), name
+            different, what = one != other, name
         if different.any():
             places = f"{bare.folder} and {merged.folder}"
             raise ValueError(f"sample {shared[different][0]} is not the same in {places}: its {what} differs")

@@ -21,7 +21,7 @@ import yaml
 from evaluation.config import EVICTION_SETTINGS, NO_PRESS, PRESS_FIELDS, default_of, settings_that
 from evaluation.evaluate_registry import PRESS_REGISTRY, unused_presses
 from evaluation.likelihood import METRICS as LIKELIHOOD_METRICS
-from evaluation.results import FILES
+from evaluation.results import FILES, read_predictions
 
 PREFIXES = {
     "merged": "merging_",
@@ -34,12 +34,6 @@ PREFIXES = {
 
 LEVELS = settings_that(lambda about: about.eviction == "amount")
 """Settings that decide how much is evicted."""
-
-IDENTITY = (
-    *("task", "start", "context", "question", "answer_prefix", "answer", "answers", "all_classes"),
-    *("needle", "needle_depth"),
-)
-"""Columns that say which sample a row is about."""
 
 LOWER_IS_BETTER = {"kl", "nll_increase", "attention_error", *LIKELIHOOD_METRICS}
 """Metrics of which less is better."""
@@ -190,7 +184,7 @@ def read_run(folder: Path) -> Run:
         if not isinstance(config, dict) or not {"dataset", "press_name", "press_init_command"} <= set(config):
             raise ValueError("config.yaml lacks dataset, press_name or press_init_command")
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        predictions = pd.read_csv(folder / "predictions.csv", dtype=dict.fromkeys(IDENTITY, str))
+        predictions = read_predictions(folder)
         if not {"sample", "task"} <= set(predictions):
             raise ValueError("predictions.csv lacks the columns sample and task")
         if predictions["sample"].duplicated().any():

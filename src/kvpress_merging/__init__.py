@@ -15,6 +15,7 @@ matching.
 """
 
 from kvpress_merging.attention_matching_press import AttentionMatchingPress
+from kvpress_merging.environment import warn_of_what_is_not_allowed
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
 from kvpress_merging.merging_press import MergingPress
@@ -32,3 +33,5 @@ __all__ = [
     "MergeOnEvictPress",
     "Eviction",
 ]
+
+warn_of_what_is_not_allowed()

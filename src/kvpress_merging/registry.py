@@ -42,8 +42,6 @@ class PressRegistry(Mapping[str, BasePress]):
 # The prefill presses of kvpress's evaluation registry that evict positions, by their names and with their settings
 # there.
 PREFILL_PRESSES: dict[str, Callable[[], BasePress]] = {
-    "RestoreKV": kvpress.RestoreKVPress,
-    "RestoreKV_plus": lambda: kvpress.RestoreKVPress(kvzip_plus_normalization=True),
     "adakv_compactor": lambda: kvpress.AdaKVPress(kvpress.CompactorPress()),
     "adakv_snapkv": lambda: kvpress.AdaKVPress(kvpress.SnapKVPress()),
     "block_keydiff": lambda: kvpress.BlockPress(press=kvpress.KeyDiffPress(), block_size=128),
@@ -58,7 +56,6 @@ PREFILL_PRESSES: dict[str, Callable[[], BasePress]] = {
     "cur": kvpress.CURPress,
     "duo_attention": kvpress.DuoAttentionPress,
     "duo_attention_on_the_fly": lambda: kvpress.DuoAttentionPress(on_the_fly_scoring=True),
-    "entropy_gated_chunkkv": lambda: kvpress.EntropyGatedChunkKVPress(press=kvpress.SnapKVPress()),
     "expected_attention": lambda: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(epsilon=1e-2)),
     "fastkvzip": kvpress.FastKVzipPress,
     "finch": kvpress.FinchPress,
@@ -66,7 +63,6 @@ PREFILL_PRESSES: dict[str, Callable[[], BasePress]] = {
     "knorm": kvpress.KnormPress,
     "kvcompose": kvpress.KVComposePress,
     "kvcompose_unstructured": lambda: kvpress.KVComposePress(structured=False),
-    "kvgrad": kvpress.KVgradPress,
     "kvzap_linear": lambda: kvpress.DMSPress(press=kvpress.KVzapPress(model_type="linear")),
     "kvzap_mlp": lambda: kvpress.DMSPress(press=kvpress.KVzapPress(model_type="mlp")),
     "kvzap_mlp_head": lambda: kvpress.KVzapPress(model_type="mlp"),
@@ -84,6 +80,14 @@ PREFILL_PRESSES: dict[str, Callable[[], BasePress]] = {
     "streaming_llm": kvpress.StreamingLLMPress,
     "tova": kvpress.TOVAPress,
 }
+# Presses that an older kvpress lacks.
+if hasattr(kvpress, "EntropyGatedChunkKVPress"):
+    PREFILL_PRESSES["entropy_gated_chunkkv"] = lambda: kvpress.EntropyGatedChunkKVPress(press=kvpress.SnapKVPress())
+if hasattr(kvpress, "KVgradPress"):
+    PREFILL_PRESSES["kvgrad"] = kvpress.KVgradPress
+if hasattr(kvpress, "RestoreKVPress"):
+    PREFILL_PRESSES["RestoreKV"] = kvpress.RestoreKVPress
+    PREFILL_PRESSES["RestoreKV_plus"] = lambda: kvpress.RestoreKVPress(kvzip_plus_normalization=True)
 
 # The same of those that evict while decoding.
 DECODING_PRESSES: dict[str, Callable[[], BasePress]] = {

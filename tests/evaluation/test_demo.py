@@ -7,12 +7,15 @@ import sys
 
 import pandas as pd
 import pytest
+from kvpress import KnormPress
 from matplotlib.image import imread
+from run_folders import write_run
 
 from evaluation import demo
 from evaluation.cli import parse_config
 from evaluation.demo import DemoConfig, verdict
 from evaluation.models import BUILT_IN_MODELS
+from evaluation.report.runs import read_results
 from evaluation.text import built_in_text
 
 
@@ -85,6 +88,15 @@ def test_on_the_small_model_the_last_line_leads_to_one_that_retrieves(checkpoint
     python, flag, package, command, *flags = shlex.split(last)
     assert (python, flag, package, command) == (sys.executable, "-m", "evaluation", "demo")
     assert parse_config(DemoConfig, flags, prog="demo", description="").model in BUILT_IN_MODELS
+
+
+def test_answers_are_shown_as_they_were_given(tmp_path):
+    for ratio, said, score in ((0.5, "3344286", 100.0), (0.75, "007", 0.0), (0.9, "", 0.0)):
+        about = {"identity": "3344286", "said": said, "compression_ratio": ratio}
+        write_run(tmp_path, "knorm", KnormPress(ratio), {"niah": [score]}, **about)
+    question, *lines = demo.answer_lines(read_results(tmp_path).runs)
+    assert question == "Needle: the context says 3344286. Asked: ?"
+    assert [line.split(", bare")[1].split() for line in lines] == [["found", "3344286"], ["missed", "007"], ["missed"]]
 
 
 def test_the_verdict_names_where_merging_did_worse_too():

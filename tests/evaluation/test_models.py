@@ -1,10 +1,13 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
+import json
 import re
+import shlex
 
 import psutil
 import pytest
 import torch
+from gguf_writer import tiny_gguf
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,6 +52,18 @@ def test_a_pickled_checkpoint_is_refused(tmp_path):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ModelUnavailableError, match=r"There is no folder.*nowhere"):
         load_model(str(tmp_path / "nowhere"))
+
+
+def test_a_gguf_file_is_told_how_to_load_it_and_so_it_loads(tmp_path):
+    saved = tiny_gguf(tmp_path / "tiny.gguf")
+    with pytest.raises(ModelUnavailableError, match="is a file, not a folder") as error:
+        load_model(str(tmp_path / "tiny.gguf"))
+    flags = shlex.split(str(error.value).partition(": ")[2])
+    assert flags[::2] == ["--model", "--model_kwargs"]
+    (tmp_path / "tokenizer" / "tiny.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes())
+    assert flags[1] == str(tmp_path)
+    model, _ = load_model(str(tmp_path / "tokenizer"), device="cpu", model_kwargs=json.loads(flags[3]))
+    assert torch.equal(model.lm_head.weight, saved.lm_head.weight)
 
 
 def test_when_the_hub_is_out_of_reach_the_error_is_two_sentences_and_not_a_page(monkeypatch):

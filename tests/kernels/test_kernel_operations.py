@@ -8,6 +8,7 @@ import pytest
 import torch
 from kernel_cases import Layer, masked, random_kept, random_rows, shrunk
 
+pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra 'eval'")
 from evaluation.speed.operations import OperationCounter
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend

@@ -25,7 +25,12 @@ from kvpress_merging.kernels.blend import cosine_blend
 from kvpress_merging.kernels.nearest import naive_nearest_survivors, nearest_survivors
 
 pytest.importorskip("triton", reason="triton has no package for this platform")
+from interpreter import why_not
+
 from kvpress_merging.kernels import nearest_triton
+
+WHY_NOT = why_not()
+interpreted = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 # The interpreter is numpy, which warns of rows that are not finite.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -62,6 +67,7 @@ def cosine_with(layer: Layer, target: torch.Tensor) -> torch.Tensor:
 
 @settings(max_examples=40, deadline=None)
 @given(layer=layers())
+@interpreted
 def test_kernel_finds_what_the_oracle_finds(layer):
     with mock.patch.object(products, "multiplies_16_bits", lambda device, dtype: dtype != torch.float32):
         assert_nearest(layer, *search(layer))
@@ -73,6 +79,7 @@ def test_kernel_finds_what_the_oracle_finds(layer):
     ("k_len", "n_kept", "kind"),
     [(3, 1, "shrunk"), (130, 129, "shrunk"), (149, 68, "masked"), (171, 30, "ragged")],
 )
+@interpreted
 def test_kernel_finds_what_the_naive_form_finds(k_len, n_kept, kind, dtype, head_dim):
     layer = random_layer(1, 2, k_len, n_kept, head_dim=head_dim, kind=kind, dtype=dtype, seed=head_dim + k_len)
     for position, name in enumerate(("nan", "inf", "zero", "huge", "subnormal", "one_nan")):
@@ -91,6 +98,7 @@ def test_kernel_finds_what_the_naive_form_finds(k_len, n_kept, kind, dtype, head
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["shrunk", "masked", "ragged"])
+@interpreted
 def test_ties_go_to_the_lowest_survivor(kind, dtype, head_dim):
     """Cosines of these keys are multiples of 1/16 in whatever order they are added up: most tie with others."""
     keys = trial.exact_keys(2 * 171, head_dim, torch.Generator().manual_seed(head_dim))
@@ -102,6 +110,7 @@ def test_ties_go_to_the_lowest_survivor(kind, dtype, head_dim):
     assert (16 * similarity[similarity.isfinite()]).frac().eq(0).all()
 
 
+@interpreted
 def test_ragged_heads_are_searched_up_to_their_own_counts():
     layer = random_layer(1, 2, 400, 200, head_dim=64, kind="masked")
     even = layer.eviction
@@ -114,12 +123,14 @@ def test_ragged_heads_are_searched_up_to_their_own_counts():
     assert (target[0, 1] == 0).all()
 
 
+@interpreted
 def test_search_in_blocks_of_heads_finds_the_same():
     layer = random_layer(2, 3, 150, 60, head_dim=64, kind="ragged", dtype=torch.bfloat16)
     for ours, expected in zip(search(layer, tile_bytes=1), search(layer)):
         assert torch.equal(ours, expected)
 
 
+@interpreted
 def test_cosine_does_not_depend_on_the_length_of_a_key():
     """Lengths over the whole range of bfloat16: unscaled products would reach 2^254 and 2^-266."""
     plain = trial.exact_keys(266, 64, torch.Generator().manual_seed(0))
@@ -133,6 +144,7 @@ def test_cosine_does_not_depend_on_the_length_of_a_key():
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6 if ours.is_floating_point() else 0)
 
 
+@interpreted
 def test_blend_takes_the_kernel_that_is_named():
     layer = random_layer(1, 2, 120, 50, head_dim=64, dtype=torch.bfloat16)
     arguments = (layer.keys, layer.values, layer.kept_keys, layer.kept_values, layer.eviction)
@@ -149,6 +161,7 @@ def test_blend_takes_the_kernel_that_is_named():
 
 @pytest.mark.parametrize("head_dim", [5, *HEAD_DIMS])
 @pytest.mark.parametrize("dtype", DTYPES)
+@interpreted
 def test_trial_passes_where_the_kernel_is_right(dtype, head_dim):
     assert trial.trial(torch.device("cpu"), dtype, head_dim, nearest_survivors) is None
 
@@ -165,6 +178,7 @@ def run_out_of_shared_memory(best, index):
         (run_out_of_shared_memory, "RuntimeError: out of shared memory"),
     ],
 )
+@interpreted
 def test_kernel_that_fails_its_trial_does_not_serve_and_is_named_once(monkeypatch, spoil, message):
     first_best = nearest_triton.first_best
     monkeypatch.setattr(nearest_triton, "first_best", lambda *arguments: spoil(*first_best(*arguments)))
@@ -188,8 +202,9 @@ def test_trial_is_made_once_for_each_device_dtype_and_head_dim(monkeypatch):
 
 
 @pytest.mark.parametrize("serves", [True, False])
+@interpreted
 def test_auto_takes_the_kernel_where_it_serves(monkeypatch, serves):
-    monkeypatch.setattr(nearest_module, "_triton_serves", lambda keys: serves)
+    monkeypatch.setattr(nearest_module, "takes_triton", lambda keys: serves)
     layer = random_layer(1, 1, 60, 20, head_dim=64)
     with mock.patch.object(nearest_triton, "search", wraps=nearest_triton.search) as searched:
         nearest_survivors(layer.keys, torch.ones(1, 1, 60, dtype=torch.bool), layer.eviction)
@@ -202,11 +217,11 @@ def test_auto_asks_on_a_gpu_alone_and_of_these_very_keys_whether_the_kernel_serv
 
     gpu = torch.device("cuda", 1)
     with mock.patch.object(nearest_module, "serves") as serves:
-        assert nearest_module._triton_serves(keys_on(gpu)) is serves.return_value
+        assert nearest_module.takes_triton(keys_on(gpu)) is serves.return_value
         serves.assert_called_once_with(gpu, torch.bfloat16, 64, nearest_survivors)
-        assert not nearest_module._triton_serves(keys_on(torch.device("cpu")))
+        assert not nearest_module.takes_triton(keys_on(torch.device("cpu")))
         monkeypatch.setattr(nearest_module, "find_spec", lambda name: None)
-        assert not nearest_module._triton_serves(keys_on(gpu))
+        assert not nearest_module.takes_triton(keys_on(gpu))
     assert serves.call_count == 1
 
 

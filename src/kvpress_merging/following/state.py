@@ -77,10 +77,11 @@ class LayerState:
         if masks is None or not 0 < layer_length(layer) < self.k_len or len(masks[-1]) == 0:
             return
         k_len = layer_length(layer) + q_len
-        if int(masks[-1].max()) >= k_len:
+        last = int(masks[-1].max())
+        if last >= k_len:
             raise ValueError(
-                f"{type(press).__name__} masked positions while decoding, and the cache was then cut back to {k_len} "
-                "positions, short of them: ask one question per prefill"
+                f"{type(press).__name__} masked positions up to {last}, and the cache was cut back since, by crop() or "
+                f"prompt look-up, say, to {k_len} positions with those of this pass: ask one question per prefill"
             )
 
     def find_eviction(

@@ -44,6 +44,8 @@ class Watch:
     # done in the present forward pass.
     seen: dict[nn.Module, Cache] = field(default_factory=dict)
     ran: dict[nn.Module, tuple[int, Masks | None]] = field(default_factory=dict)
+    # The last TypeError of a hook, and the cache of that forward pass.
+    failure: tuple[TypeError, Cache] | None = None
 
     @contextmanager
     def on(self, model: PreTrainedModel) -> Generator[None, None, None]:
@@ -86,7 +88,7 @@ class Watch:
                     hook = _without_kwargs(hook)
                 module._forward_hooks[number] = uncompiled(self.follow_hook(hook))
                 self.hooked.add(module)
-            handles.append(module.register_forward_pre_hook(uncompiled(self._check_cut), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(uncompiled(self._check_cache), with_kwargs=True))
             # Runs before the press's hook, which may shrink the layer or fail.
             handles.append(module.register_forward_hook(uncompiled(self.look), with_kwargs=True, prepend=True))
         for layer, module in zip(decoder_layers(model), modules):
@@ -130,6 +132,10 @@ class Watch:
         cache = kwargs.get("past_key_values")
         if cache is None or not self._is_followed(module, cache):
             return
+        with self._noting_failure(cache):
+            self._look(module, kwargs, cache)
+
+    def _look(self, module: nn.Module, kwargs: dict[str, Any], cache: Cache) -> None:
         layer = cache.layers[layer_index(module)]
         bsz, q_len = kwargs["hidden_states"].shape[:2]
         is_prefill = tokens_seen(layer) == q_len  # as kvpress's, without reading from the device
@@ -157,7 +163,7 @@ class Watch:
             if cache is None or not self._is_followed(module, cache):
                 return hook(module, args, kwargs, output)
             layer = open_layer(cache, layer_index(module))
-            with self._following(module, layer, kwargs.get("hidden_states"), kwargs):
+            with self._noting_failure(cache), self._following(module, layer, kwargs.get("hidden_states"), kwargs):
                 result = hook(module, args, kwargs, output)
             self.memory.states[module].look_at(cache.layers[layer_index(module)])
             return result
@@ -242,9 +248,27 @@ class Watch:
 
     # What would go wrong unseen.
 
-    def _check_cut(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Refuse to go on with a cache that was cut back under masks that reach beyond it."""
+    @contextmanager
+    def _noting_failure(self, cache: Cache) -> Generator[None, None, None]:
+        try:
+            yield
+        except TypeError as error:
+            self.failure = error, cache
+            raise
+
+    def _check_cache(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """
+        Refuse to go on with a cache that was cut back under masks that reach beyond it, or is in a second pass.
+
+        Some releases of transformers answer a TypeError inside a forward pass with the same pass anew, over a cache
+        that has taken in the first one: such a pass ends with the same error before it reaches the cache.
+        """
         cache = kwargs.get("past_key_values")
+        if self.failure is not None:
+            error, failed_cache = self.failure
+            if error is sys.exc_info()[1] and cache is failed_cache:
+                raise error
+            self.failure = None
         state = None if cache is None else self.memory.state_of(module, cache)
         if cache is not None and state is not None and layer_index(module) < len(cache.layers):
             layer = cache.layers[layer_index(module)]

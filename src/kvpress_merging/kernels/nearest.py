@@ -195,7 +195,7 @@ def find_nearest(
     scaled = ScaledKeys.of(keys.flatten(0, 1), key_norm.flatten(0, 1))
     with full_precision(), without_autocast(device):
         search = tiles.search
-        if kernel == "triton" or (kernel == "auto" and _triton_serves(keys)):
+        if kernel == "triton" or (kernel == "auto" and takes_triton(keys)):
             from kvpress_merging.kernels import nearest_triton
 
             search = nearest_triton.search
@@ -214,7 +214,7 @@ def _check_triton_runs(keys: torch.Tensor) -> None:
     nearest_triton.check_runs(keys.device, keys.shape[-1])
 
 
-def _triton_serves(keys: torch.Tensor) -> bool:
+def takes_triton(keys: torch.Tensor) -> bool:
     """Whether ``"auto"`` takes the Triton kernel. Triton is imported only where it may serve."""
     if keys.device.type != "cuda" or find_spec("triton") is None:
         return False

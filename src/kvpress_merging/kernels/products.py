@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -131,11 +132,20 @@ def products(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor | None
     out : torch.Tensor, optional
         Where to write them, float32, shape ``(n_heads, n_rows, n_columns)``.
     """
-    if rows.dtype == torch.float32:
-        return torch.bmm(rows, columns, out=out)
-    if rows.device.type == "cpu":
-        return torch.bmm(rows.float(), columns.float(), out=out)
-    return torch.bmm(rows, columns, out_dtype=torch.float32, out=out)
+    if rows.dtype != torch.float32 and _writes_float32(rows.device.type):
+        return torch.bmm(rows, columns, out_dtype=torch.float32, out=out)
+    return torch.bmm(rows.float(), columns.float(), out=out)
+
+
+@cache
+def _writes_float32(device_type: str) -> bool:
+    """Whether PyTorch writes products of 16-bit numbers in float32 on this kind of device: tried once."""
+    one = torch.ones(1, 1, 1, dtype=torch.bfloat16, device=device_type)
+    try:
+        torch.bmm(one, one, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):  # this PyTorch does not know of it, or not for this device
+        return False
+    return True
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -153,10 +163,12 @@ def full_precision() -> Iterator[None]:
     PyTorch: they are set and put back without touching a device, and not at all where they ask for nothing less.
     """
     cuda: Any = torch.backends.cuda.matmul
-    mkldnn: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    precisions = [(backend, backend.fp32_precision) for backend in (cuda, mkldnn)]
-    adds_in_float16 = cuda.allow_fp16_accumulation
-    if all(precision in ("none", "ieee") for _, precision in precisions) and not adds_in_float16:
+    mkldnn: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    # An older PyTorch has not all of these switches.
+    backends = [backend for backend in (cuda, mkldnn) if hasattr(backend, "fp32_precision")]
+    precisions = [(backend, backend.fp32_precision) for backend in backends]
+    adds_in_float16 = getattr(cuda, "allow_fp16_accumulation", False)
+    if backends and all(precision in ("none", "ieee") for _, precision in precisions) and not adds_in_float16:
         yield
         return
     # The older switch knows of settings made through it alone, and PyTorch refuses to work where the two disagree.
@@ -169,11 +181,13 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision("highest")
         for backend, _ in precisions:
             backend.fp32_precision = "ieee"
-        cuda.allow_fp16_accumulation = False
+        if adds_in_float16:
+            cuda.allow_fp16_accumulation = False
         yield
     finally:
         if older != "highest":
             torch.set_float32_matmul_precision(older)
         for backend, precision in precisions:
             backend.fp32_precision = precision
-        cuda.allow_fp16_accumulation = adds_in_float16
+        if adds_in_float16:
+            cuda.allow_fp16_accumulation = True
