@@ -39,18 +39,18 @@ demo: $(STAMP)  ## compare full cache, eviction, merging and matching on a real 
 	@$(BIN)/python -m evaluation demo
 
 test: $(STAMP)  ## run the tests, those on the real model included
-	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2
+	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --dist worksteal --tb=short
 
 test-long: $(STAMP)  ## run what takes long: thousands of drawn cases, an exception at every call, a thousand prefills
-	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --hypothesis-profile=long --hypothesis-seed=$(SEED) \
+	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --dist worksteal --tb=short --hypothesis-profile=long --hypothesis-seed=$(SEED) \
 		tests/kernels/test_kernel_properties.py tests/test_properties.py
-	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 -m long
+	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --dist worksteal --tb=short -m long
 
 test-lowest: .venv-lowest/.installed  ## run the tests with the oldest packages that pyproject.toml allows
-	@$(RUN_TESTS) .venv-lowest/bin/python -m pytest -n 2
+	@$(RUN_TESTS) .venv-lowest/bin/python -m pytest -n 2 --dist worksteal --tb=short
 
 test-latest: .venv-latest/.installed  ## run the tests with the newest packages that pyproject.toml allows
-	@$(RUN_TESTS) .venv-latest/bin/python -m pytest -n 2
+	@$(RUN_TESTS) .venv-latest/bin/python -m pytest -n 2 --dist worksteal --tb=short
 
 .venv-lowest/.installed: pyproject.toml constraints-lowest.txt
 	$(call install,.venv-lowest,-c constraints-lowest.txt)
@@ -70,7 +70,7 @@ define install
 endef
 
 coverage: $(VENV)/.trust  ## measure which lines and branches of src/ the tests run
-	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --cov --cov-report=
+	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --dist worksteal --tb=short --cov --cov-report=
 	@mkdir -p evaluation/results/trust
 	@{ printf '# Coverage\n\n`make coverage`: the lines and branches of `src/` that the tests run, and those that they miss: '; \
 		printf 'abstract methods, and what runs on a GPU or in a process of its own.\n\n'; \
@@ -104,7 +104,7 @@ bench: $(STAMP)  ## time our kernels against kvpress's own: some minutes, and 9 
 	@$(BIN)/python -m evaluation speed
 
 test-gpu: $(STAMP)  ## run the kernels' and presses' tests where there is a GPU: on it too, and see that nothing waits for it
-	@$(RUN_TESTS) $(BIN)/python -m pytest tests/kernels tests/test_operations.py
+	@$(RUN_TESTS) $(BIN)/python -m pytest --tb=short tests/kernels tests/test_operations.py
 
 bench-gpu: $(STAMP)  ## time merging, matching, kvpress's own and attention on a GPU, and whole prefills of the built-in model
 	@$(BIN)/python -m evaluation speed --devices cuda --k_len 4096 16384 65536 131072 --prefill 1024 4096
