@@ -24,6 +24,7 @@ GPU_FLAGS ?=
 # Which mutants `make mutation` tries, if not all: kvpress_merging.kernels.nearby.*, for instance.
 MUTANTS ?=
 RUN_TESTS := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+PYTEST := -m pytest -n 2 --dist worksteal --tb=short
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-13s  %s\n", $$1, $$2 }'
@@ -44,18 +45,18 @@ demo: $(STAMP)  ## compare full cache, eviction, merging and matching on a real 
 	@$(BIN)/python -m evaluation demo
 
 test: $(STAMP)  ## run the tests, those on the real model included
-	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2
+	@$(RUN_TESTS) $(BIN)/python $(PYTEST)
 
 test-long: $(STAMP)  ## run what takes long: thousands of drawn cases, an exception at every call, a thousand prefills
-	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --hypothesis-profile=long --hypothesis-seed=$(SEED) \
+	@$(RUN_TESTS) $(BIN)/python $(PYTEST) --hypothesis-profile=long --hypothesis-seed=$(SEED) \
 		tests/kernels/test_kernel_properties.py tests/test_properties.py
-	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 -m long
+	@$(RUN_TESTS) $(BIN)/python $(PYTEST) -m long
 
 test-lowest: .venv-lowest/.installed  ## run the tests with the oldest packages that pyproject.toml allows: gigabytes
-	@$(RUN_TESTS) .venv-lowest/bin/python -m pytest -n 2
+	@$(RUN_TESTS) .venv-lowest/bin/python $(PYTEST)
 
 test-latest: .venv-latest/.installed  ## run the tests with the newest packages that pyproject.toml allows: gigabytes
-	@$(RUN_TESTS) .venv-latest/bin/python -m pytest -n 2
+	@$(RUN_TESTS) .venv-latest/bin/python $(PYTEST)
 
 .venv-lowest/.installed: pyproject.toml constraints-lowest.txt
 	$(call install,.venv-lowest,$(LOWEST_PYTHON),$$(grep '^torch==' constraints-lowest.txt),-c constraints-lowest.txt)
@@ -75,7 +76,7 @@ define install
 endef
 
 coverage: $(VENV)/.trust  ## measure which lines and branches of src/ the tests run
-	@$(RUN_TESTS) $(BIN)/python -m pytest -n 2 --cov --cov-report=
+	@$(RUN_TESTS) $(BIN)/python $(PYTEST) --cov --cov-report=
 	@mkdir -p evaluation/results/trust
 	@{ printf '# Coverage\n\n`make coverage`: the lines and branches of `src/` that the tests run, and those that they miss: '; \
 		printf 'abstract methods, and what runs on a GPU or in a process of its own.\n\n'; \

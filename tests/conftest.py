@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import logging
 import os
 
 import pytest
@@ -11,9 +12,28 @@ from hypothesis import settings
 os.environ["TRITON_INTERPRET"] = "1"
 
 # The same cases on every run. `make test-long` draws thousands from a seed that it is given and that pytest prints.
-settings.register_profile("ci", max_examples=200, derandomize=True, deadline=None)
+settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None)
 settings.register_profile("long", max_examples=5000, derandomize=False, database=None, deadline=None, print_blob=True)
 settings.load_profile("ci")
+
+
+class FailuresAtOnce:
+    """Prints a failure when it happens, where xdist's dots do not: a run that is stopped has said what failed."""
+
+    def __init__(self, config: pytest.Config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write_line("")
+            terminal.write_sep("_", f"{report.nodeid} ({report.when})", red=True)
+            terminal.write_line(report.longreprtext)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # of xdist's processes, the one that hears of all and prints
+        config.pluginmanager.register(FailuresAtOnce(config))
 
 
 # Fixtures import what they need when they are asked for: torch may bring Triton along, before that is set.
@@ -35,6 +55,15 @@ def input_ids(request):
 
     n_context = getattr(request.module, "N_CONTEXT", 96)
     return torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :n_context] + 10
+
+
+@pytest.fixture(autouse=True)
+def log_level_as_before():
+    """Commands of the evaluation, called as functions, set how much their logger says, in the whole process."""
+    logger = logging.getLogger("evaluation")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture

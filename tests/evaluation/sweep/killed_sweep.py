@@ -10,6 +10,7 @@ as JSON, how many cells had landed at each kill, and how many samples of others 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -101,7 +102,7 @@ def main(output_dir: str, kills: int, longest: float, argv: list[str]) -> None:
         assert_kept(cells, samples, folder)
         progress.append((len(landed(folder)), sum(len(lines) - 1 for lines in written(folder).values())))
     cells = landed(folder)
-    assert ends(start(argv, log), 600)
+    assert ends(start(argv, log), math.inf)  # however busy the machine is
     assert_kept(cells, {}, folder)
     print(json.dumps(progress))
 

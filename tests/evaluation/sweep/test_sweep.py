@@ -22,12 +22,6 @@ from evaluation.text import built_in_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# How often the sweep of the test at the end is killed, in one process and on Ray. Ray takes seconds to start each time.
-KILLS = {
-    "local": int(os.environ.get("KVPRESS_MERGING_KILLS", 4)),
-    "ray": int(os.environ.get("KVPRESS_MERGING_KILLS", 1)),
-}
-
 SECONDS = ["seconds", "prefill_seconds", "press_seconds", "answer_seconds", "prefill_seconds_full"]
 
 
@@ -376,11 +370,33 @@ def test_units_are_halved_until_each_worker_has_one(sizes, count, expected):
     assert [config for part in parts for config in part] == [config for unit in units for config in unit]
 
 
-@pytest.mark.parametrize("runner", ["local", "ray"])
-def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(runner, model, tmp_path):
+def in_another_process(*arguments: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def test_a_sweep_on_ray_has_the_results_of_one_in_this_process(model, tmp_path):
+    grid = write_grid(tmp_path, model, press_name=["no_press", "knorm", "merging_knorm"], seed=[1, 2])
+    assert sweep(grid, tmp_path / "here") == 0
+    flags = ["--threads", 1, "--quiet", "--runner", "ray", "--num_workers", 1]
+    finished = in_another_process("-m", "evaluation", "sweep", grid, "--output_dir", tmp_path / "ray", *flags)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert len(results(tmp_path / "ray")) == 6
+    assert results(tmp_path / "ray") == results(tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    ("runner", "kills"),
+    [
+        ("local", 2),
+        pytest.param("local", 20, marks=pytest.mark.long),
+        pytest.param("ray", 20, marks=pytest.mark.long),
+    ],
+)
+def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(runner, kills, model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(built_in_text()[:3000])
-    presses = ["no_press", "knorm", "random", "merging_knorm", "merging_snapkv"]
+    presses = ["no_press", "random", "merging_knorm"]
     blocks = [
         {"press_name": presses},
         {"press_name": presses, "dataset": "fidelity", "text_file": str(text), "continuation_length": 9},
@@ -388,25 +404,17 @@ def test_a_sweep_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(r
     grid = write_grid(tmp_path, model, compression_ratio=[0.25, 0.75], seed=[1, 2], n_samples=3, cells=blocks)
     assert sweep(grid, tmp_path / "alone") == 0
     alone = results(tmp_path / "alone")
-    assert len(alone) == 2 * 2 * (1 + 4 * 2)
+    assert len(alone) == 2 * 2 * (1 + 2 * 2)
 
     flags = ["--threads", "1", "--quiet", "--runner", runner]
     if runner == "ray":
         flags += ["--num_workers", "2"]
     folder = tmp_path / "killed"
-    argv = [str(folder), str(KILLS[runner]), "0.5", str(grid), "--output_dir", str(folder), *flags]
     script = Path(__file__).with_name("killed_sweep.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    finished = subprocess.run(
-        [sys.executable, str(script), *argv],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=900 + 60 * KILLS[runner],  # more than the program itself waits, on however busy a machine
-    )
+    finished = in_another_process(script, folder, kills, 0.5, grid, "--output_dir", folder, *flags)
     assert finished.returncode == 0, finished.stderr[-3000:] + folder.with_suffix(".log").read_text()[-3000:]
     print("cells, and samples of others, that were there at each kill:", finished.stdout)
-    assert len(progress := json.loads(finished.stdout)) == KILLS[runner]
+    assert len(progress := json.loads(finished.stdout)) == kills
     assert any(
         n_cells < len(alone) and n_cells + n_samples > 0 for n_cells, n_samples in progress
     )  # in the midst of it

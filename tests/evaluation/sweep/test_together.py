@@ -60,12 +60,20 @@ def prefills(monkeypatch) -> list[int]:
     return counts
 
 
+# One that draws, one that masks, one that prunes channels, one that prefills in eager attention, two that cannot answer
+# and one of those that are alone.
+OF_EACH_KIND = ["random", "adakv_snapkv", "snap_think", "observed_attention", "pyramidkv", "kvcompose", "kvzip"]
+
+
+@pytest.mark.parametrize(
+    "bare", [OF_EACH_KIND, pytest.param(BARE, marks=pytest.mark.long)], ids=["one of each kind", "all"]
+)
 def test_every_press_has_the_results_that_it_has_alone_bare_merging_and_matching(
-    model, tmp_path, fidelity, prefills, monkeypatch
+    bare, model, tmp_path, fidelity, prefills, monkeypatch
 ):
     # A random model has queries that no key hides from, where kvpress gives up; any key will do here.
     monkeypatch.setattr(attention_patch, "search_hyperplane", lambda queries: -queries.mean(dim=1))
-    presses = ["no_press", *(prefix + name for name in BARE for prefix in ("", "merging_", "matching_"))]
+    presses = ["no_press", *(prefix + name for name in bare for prefix in ("", "merging_", "matching_"))]
     presses = [name for name in presses if name in PRESS_REGISTRY]
     blocks = [{"press_name": presses, "n_samples": 2}, {"press_name": presses, **fidelity}]
     settings = {"key_channel_compression_ratio": 0.25, "cells": blocks}
