@@ -45,6 +45,7 @@ class LayerFigures:
 
     n_survivors: int = 0
     n_evicted: int = 0
+    n_queries: int | None = None
     merges: list[Merges] = field(default_factory=list)
     joined: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     heads: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
@@ -77,7 +78,7 @@ class LayerFigures:
             has_lost, *heads = (part.double().cpu().numpy() for part in joined(self.heads))
             is_matched, eviction_error, matching_error, norm = (part[has_lost > 0] for part in heads)
             error_before, error_after = ((e / norm.clip(min=1e-19)) ** 2 for e in (eviction_error, matching_error))
-            row |= {"heads": len(is_matched), "heads_fitted": int(is_matched.sum())}
+            row |= {"heads": len(is_matched), "heads_fitted": int(is_matched.sum()), "n_queries": self.n_queries}
             row["error_before"] = float(error_before.mean())
             # What a head is left with: matching's error where it took that.
             row["error_after"] = float(np.where(is_matched > 0, error_after, error_before).mean())
