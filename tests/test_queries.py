@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -16,13 +17,16 @@ from families import prefilled, tiny_models
 from kvpress import KeyRerotationPress, KnormPress
 from replay import attention_modules, run
 from tiny import FAMILIES, tiny_model
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GlmConfig, GlmForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from evaluation.benchmarks.fidelity.measure import measure_fidelity, measure_reference
+from evaluation.models import load_model
+from evaluation.text import built_in_text, cut_windows
 from kvpress_merging import AttentionMatchingPress, MergingPress
 from kvpress_merging import attention_matching_press as press_module
 from kvpress_merging.attention_matching_press import reference_positions
@@ -241,6 +245,44 @@ def test_rows_with_an_adapter_each_are_asked_through_it():
         for row, layer in enumerate(alone):
             torch.testing.assert_close(together.keys[row], layer.keys[0], rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(together.values[row], layer.values[0], rtol=1e-3, atol=1e-3)
+
+
+def in_form_of(llama: PreTrainedModel, family: str) -> PreTrainedModel:
+    """The same function, in another family's code: GLM turns neighbouring channels, Phi3 has joined projections."""
+    config_class, model_class = {"glm": (GlmConfig, GlmForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM)}[family]
+    given, old = llama.config.to_dict(), llama.config
+    fields = {name: given[name] for name in inspect.signature(config_class.__init__).parameters if name in given}
+    fields |= {"head_dim": old.head_dim, "rope_parameters": old.rope_parameters | {"partial_rotary_factor": 1.0}}
+    model = model_class(config_class(**fields)).to(llama.dtype).eval()
+    weights = dict(llama.state_dict())
+    for layer in range(old.num_hidden_layers):
+        at, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+        if family == "glm":
+            pairs = torch.arange(old.head_dim).view(2, -1).T.flatten()
+            for name in ("q_proj.weight", "k_proj.weight"):
+                weights[at + name] = weights[at + name].unflatten(0, (-1, old.head_dim))[:, pairs].flatten(0, 1)
+        else:
+            parts = [weights.pop(f"{at}{name}_proj.weight") for name in "qkv"]
+            weights[at + "qkv_proj.weight"] = torch.cat(parts)
+        parts = [weights.pop(f"{mlp}{name}_proj.weight") for name in ("gate", "up")]
+        weights[mlp + "gate_up_proj.weight"] = torch.cat(parts)
+    model.load_state_dict(weights)
+    return model
+
+
+@pytest.mark.real_model
+def test_a_real_model_written_as_another_family_is_matched_as_well():
+    llama, tokenizer = load_model("smollm2", device="cpu")
+    window = cut_windows(built_in_text(), tokenizer, 1, 384, 65)[0]
+    kl, logits = {}, {}
+    for family in ("llama", "glm", "phi3"):
+        model = llama if family == "llama" else in_form_of(llama, family)
+        reference = measure_reference(model, window)
+        logits[family] = reference.logits
+        kl[family] = measure_fidelity(model, AttentionMatchingPress(KnormPress(0.5)), reference).kl
+        torch.testing.assert_close(logits[family], logits["llama"], rtol=1e-3, atol=1e-2)
+        assert kl[family] == pytest.approx(kl["llama"], rel=0.02)
+    assert kl["llama"] < 0.6 * measure_fidelity(llama, KnormPress(0.5), measure_reference(llama, window)).kl
 
 
 @pytest.mark.parametrize("n_queries", [1, 2, 64, 99, 100, 150, 1000])
