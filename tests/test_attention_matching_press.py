@@ -420,6 +420,22 @@ def test_the_last_key_is_read_once_for_each_layer_and_always_after_the_pass(monk
         assert len(n_read) == n_expected
 
 
+def test_from_then_on_nothing_is_read_from_the_device_where_all_heads_lose_alike(monkeypatch, llama):
+    fold = AttentionMatchingPress.fold
+    run(llama, AttentionMatchingPress(KnormPress(0.5)), input_ids_for(CASES["Knorm"]))
+
+    def watched_fold(self, *args):
+        with monkeypatch.context() as patch:
+            for name in ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+                patch.setattr(torch.Tensor, name, lambda *args, name=name: pytest.fail(f"{name} reads the device"))
+            return fold(self, *args)
+
+    monkeypatch.setattr(AttentionMatchingPress, "fold", watched_fold)
+    press = AttentionMatchingPress(KnormPress(0.5))
+    run(llama, press, input_ids_for(CASES["Knorm"]))
+    assert heads_of(press.report)[1] > 0
+
+
 def test_soft_caps_and_sinks_reach_the_kernel(monkeypatch, llama):
     given, heads = [], torch.arange(4.0)
     ask, match = press_module.ask, press_module.attention_match
