@@ -13,8 +13,9 @@ from replay import attention_modules, clear_masks, decode, snapshot
 from transformers import DynamicCache
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
-from kvpress_merging.attention_matching_press import reference_positions
+from kvpress_merging import attention_matching_press as press_module
 from kvpress_merging.following.padding import Padding
+from kvpress_merging.reference import reference_positions
 
 N_CONTEXT = 64
 LENGTHS = (64, 40, 23)  # tokens of each row, the rest is padding
@@ -219,18 +220,18 @@ def test_a_mask_is_read_once_for_all_layers_and_none_is_not_read_at_all(llama, m
 
 def test_reference_queries_of_every_row_come_from_its_tokens_alone_without_reading_them(llama, monkeypatch):
     sampled = []
-    sample = AttentionMatchingPress._sample
+    sample = press_module.sample
 
-    def watched(self, module, hidden_states):
+    def watched(hidden_states, is_padding, n_queries):
         with monkeypatch.context() as patch:
             for name in ("nonzero", "item", "tolist", "cpu", "__bool__", "__int__"):
                 patch.setattr(torch.Tensor, name, lambda *args, name=name: pytest.fail(f"{name} reads the device"))
             # Each position's input says which it is.
             which = torch.arange(hidden_states.shape[1])[:, None].expand_as(hidden_states)
-            sampled.append(sample(self, module, which)[..., 0])
-        return sample(self, module, hidden_states)
+            sampled.append(sample(which, is_padding, n_queries)[..., 0])
+        return sample(hidden_states, is_padding, n_queries)
 
-    monkeypatch.setattr(AttentionMatchingPress, "_sample", watched)
+    monkeypatch.setattr(press_module, "sample", watched)
     for side in ("left", "right"):
         sampled.clear()
         prefill(llama, AttentionMatchingPress(KnormPress(0.5), n_queries=30), batch := padded_batch(side))

@@ -29,9 +29,9 @@ from evaluation.models import load_model
 from evaluation.text import built_in_text, cut_windows
 from kvpress_merging import AttentionMatchingPress, MergingPress
 from kvpress_merging import attention_matching_press as press_module
-from kvpress_merging.attention_matching_press import reference_positions
 from kvpress_merging.kernels.match import attention_match
 from kvpress_merging.queries import ask
+from kvpress_merging.reference import reference_positions
 
 MAPPINGS = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING, "vision-language": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
 N_CONTEXT, N_QUERIES = 23, 7

@@ -4,9 +4,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -20,13 +18,7 @@ from kvpress_merging.following.model import layer_index
 from kvpress_merging.kernels.match import attention_match
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
 from kvpress_merging.queries import Asked, ask
-
-# Tokens seen after the prefill whose queries join those of the context when a press evicts while decoding.
-_MAX_RECENT = 64
-
-# Reference positions are equal steps of (0, 1) raised to this power, times the length: denser towards the end, whose
-# queries are most like those that will be asked.
-_CROWDING = 2 / 3
+from kvpress_merging.reference import MAX_RECENT, LayerQueries, sample, turns
 
 # How far the key that a layer makes again of its last token may be from the one in the cache, relative to its norm:
 # what 16 bits, or a quantized layer, make of it; and what a quantized cache may.
@@ -34,48 +26,6 @@ _MAX_KEY_ERROR, _MAX_QUANTIZED_KEY_ERROR = 0.1, 1.0
 
 # Layers that have been asked for their queries, and whose answers were right.
 _SERVED: WeakSet[nn.Module] = WeakSet()
-
-
-@dataclass
-class LayerQueries:
-    """What one layer's reference queries are made of, as long as it works on one cache."""
-
-    # What its last forward pass was given, but for its input, mask and cache.
-    kwargs: dict[str, Any]
-    # Its input at the reference positions of the context and, behind these, at the last position, shape
-    # (bsz, n + 1, hidden_dim); None where the context was not seen.
-    context: torch.Tensor | None = None
-    # Its input at the tokens that followed, each of shape (bsz, 1, hidden_dim), and how many there were.
-    recent: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_MAX_RECENT))
-    n_since: int = 0
-
-    def add(self, hidden_states: torch.Tensor) -> None:
-        """Note tokens that followed the context."""
-        self.n_since += hidden_states.shape[1]
-        if hidden_states.shape[1] > _MAX_RECENT:
-            hidden_states = hidden_states[:, -_MAX_RECENT:].clone()  # a view would hold them all
-        self.recent.extend(hidden_states.split(1, dim=1))
-
-    def hidden_states(self) -> torch.Tensor:
-        """Of the context and the tokens seen since, and once more of the last one, ``(bsz, n + 1, hidden_dim)``."""
-        if not self.recent:
-            assert self.context is not None
-            return self.context
-        context = () if self.context is None else (self.context[:, :-1],)
-        return torch.cat([*context, *self.recent, self.recent[-1]], dim=1)
-
-    def move(self, rows: torch.Tensor) -> None:
-        """Follow rows of the cache that were moved."""
-        self.context = None if self.context is None else self.context[rows]
-        self.recent = deque((token[rows] for token in self.recent), maxlen=_MAX_RECENT)
-
-    def cut(self, n_cut: int) -> None:
-        """Forget the last tokens seen since the context, or the context too if it was cut into."""
-        self.n_since -= n_cut
-        if self.n_since < 0:
-            self.context, self.n_since = None, 0
-        for _ in range(min(n_cut, len(self.recent))):
-            self.recent.pop()
 
 
 @dataclass
@@ -155,9 +105,11 @@ class AttentionMatchingPress(MergeOnEvictPress):
         del given["hidden_states"]
         if is_prefill or module not in self._queries:
             self._queries[module] = LayerQueries(given)
-            q_len = hidden_states.shape[1]
-            if q_len > _MAX_RECENT or q_len == self._memory.states[module].context_length:
-                self._queries[module].context = self._sample(module, hidden_states)
+            state, q_len = self._memory.states[module], hidden_states.shape[1]
+            is_whole = q_len == state.context_length
+            if is_whole or q_len > MAX_RECENT:
+                is_padding = state.is_padding if is_whole else None
+                self._queries[module].context = sample(hidden_states, is_padding, self.n_queries)
                 return
         self._queries[module].kwargs = given
         self._queries[module].add(hidden_states)
@@ -190,7 +142,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
             if _is_far(asked.key[:, :, -1], keys[:, :, state.k_len - 1], max_error):
                 raise self._not_served(module, "the key that it makes again of its last token is not the cache's")
             _SERVED.add(module)
-        heads = _turns(inputs.shape[1] - 1, asked.query.shape[1] // asked.key.shape[1], keys.device)
+        heads = turns(inputs.shape[1] - 1, asked.query.shape[1] // asked.key.shape[1], keys.device)
         queries, sinks = asked.of_heads(heads)
         kept_queries = queries
         if eviction.keys_rewritten:
@@ -240,47 +192,6 @@ class AttentionMatchingPress(MergeOnEvictPress):
             f"{type(self).__name__} cannot ask layer {layer_index(module)} of {model} ({type(module).__name__}) for "
             f"its queries: {reason}; MergingPress works there"
         )
-
-    def _sample(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What is at the reference positions of each row's tokens, and at the last position."""
-        is_padding, q_len = self._memory.states[module].is_padding, hidden_states.shape[1]
-        if is_padding is None or is_padding.shape[1] != q_len:
-            return hidden_states[:, _positions(q_len, self.n_queries, hidden_states.device)]
-        order = is_padding.to(torch.uint8).sort(dim=1, stable=True).indices  # tokens first
-        positions = order.gather(1, reference_positions((~is_padding).sum(dim=1, keepdim=True), self.n_queries))
-        positions = torch.cat([positions, torch.full_like(positions[:, :1], q_len - 1)], dim=1)
-        return hidden_states.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
-
-
-def reference_positions(n_tokens: torch.Tensor, n_queries: int) -> torch.Tensor:
-    """
-    Positions to take reference queries from: all over a context, denser towards its end, several times if it is short.
-
-    ``n_tokens`` are the lengths of contexts, int64, ``(..., 1)``; what comes back is ascending, int64, ``(...,
-    n_queries)``. Nothing is read from the device.
-    """
-    steps = (torch.arange(n_queries, device=n_tokens.device, dtype=torch.float64) + 0.5) / n_queries
-    # Even steps where the last ones would otherwise meet at one position.
-    power = torch.where(n_queries <= _CROWDING * n_tokens.double(), _CROWDING, 1.0).double()
-    return (n_tokens * steps**power).long()
-
-
-@lru_cache(maxsize=32)
-def _positions(q_len: int, n_queries: int, device: torch.device) -> torch.Tensor:
-    """The same for one length, ``(n_queries + 1,)``, and the last position behind them; not to be written."""
-    length = torch.full((1,), q_len, device=device)
-    return torch.cat([reference_positions(length, n_queries), length - 1])
-
-
-@lru_cache(maxsize=32)
-def _turns(n: int, n_groups: int, device: torch.device) -> torch.Tensor:
-    """
-    Which query head of those that a KV head serves is asked at each of n positions: one after the other. Not to be
-    written.
-
-    So n positions give n different queries for the price of n, and every query head has its say.
-    """
-    return torch.arange(n, device=device) % n_groups
 
 
 def _is_left_out(name: str, value: Any) -> bool:
