@@ -348,7 +348,9 @@ def test_evictions_while_decoding_are_fitted(name, llama):
     for layer_bare, layer in zip(bare, fitted):
         assert layer.keys.shape == layer_bare.keys.shape
         assert layer.values.isfinite().all()
-    assert {len(queries.recent) for queries in press._queries.values()} == {40}
+    # Those of the prefill, and of each of the tokens since.
+    assert all(row["n_queries"] in range(96, 96 + 40 + 1) for row in press.report.to_dict().values() if "heads" in row)
+    assert any(row["n_queries"] > 96 for row in press.report.to_dict().values())
 
 
 def test_a_new_prefill_forgets_the_queries_of_the_last(llama):
@@ -376,11 +378,85 @@ def test_it_fits_inside_presses_that_call_it(llama):
     assert "no scores" in f"{error.value} {error.value.__context__}"
 
 
-def test_a_model_without_rotary_embeddings_is_a_clear_error(llama):
-    module = attention_modules(llama)[0]
+class OwnAttention(torch.nn.Module):
+    """Attention that knows of none of transformers' attention functions."""
+
+    def __init__(self, module):
+        super().__init__()
+        vars(self).update(vars(module))
+
+    def forward(self, hidden_states, past_key_values=None, **kwargs):
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx, {})
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return self.o_proj(output.transpose(1, 2).flatten(2)), None
+
+
+def test_a_layer_that_does_not_tell_its_queries_is_an_error_that_names_it_and_merging_works():
+    model = tiny_model("llama")
+    model.model.layers[2].self_attn = OwnAttention(model.model.layers[2].self_attn)
+    input_ids = input_ids_for(CASES["Knorm"])
+    message = (
+        r"AttentionMatchingPress cannot ask layer 2 of llama \(OwnAttention\) for its queries: its attention is none "
+        "of transformers' attention functions; MergingPress works there"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(model, AttentionMatchingPress(KnormPress(0.5)), input_ids)
+    press = MergingPress(KnormPress(0.5))
+    run(model, press, input_ids)
+    assert press.report.to_dict()[2]["merged"] > 0
+
+
+def test_the_last_key_is_read_once_for_each_layer_and_always_after_the_pass(monkeypatch, llama):
+    n_read = []
+    is_far = press_module._is_far
+    monkeypatch.setattr(press_module, "_is_far", lambda *args: n_read.append(args) or is_far(*args))
+    model = copy.deepcopy(llama)
+    for name, n_expected in (("Knorm", 4), ("AdaKV", 4), ("KVzip", 8), ("KVzip", 12), ("Knorm", 12)):
+        run(model, AttentionMatchingPress(CASES[name].make()), input_ids_for(CASES[name]))
+        assert len(n_read) == n_expected
+
+
+def test_from_then_on_nothing_is_read_from_the_device_where_all_heads_lose_alike(monkeypatch, llama):
+    fold = AttentionMatchingPress.fold
+    run(llama, AttentionMatchingPress(KnormPress(0.5)), input_ids_for(CASES["Knorm"]))
+
+    def watched_fold(self, *args):
+        with monkeypatch.context() as patch:
+            for name in ("item", "tolist", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+                patch.setattr(torch.Tensor, name, lambda *args, name=name: pytest.fail(f"{name} reads the device"))
+            return fold(self, *args)
+
+    monkeypatch.setattr(AttentionMatchingPress, "fold", watched_fold)
     press = AttentionMatchingPress(KnormPress(0.5))
-    with pytest.raises(ValueError, match="rotary embeddings"):
-        press.observe(module, {"hidden_states": torch.randn(1, 8, 64)}, True)
+    run(llama, press, input_ids_for(CASES["Knorm"]))
+    assert heads_of(press.report)[1] > 0
+
+
+def test_soft_caps_and_sinks_reach_the_kernel(monkeypatch, llama):
+    given, heads = [], torch.arange(4.0)
+    ask, match = press_module.ask, press_module.attention_match
+
+    def with_both(*args):
+        return ask(*args)._replace(softcap=30.0, sinks=heads)
+
+    def watched(*args, key_ridge, softcap, sinks):
+        given.append((softcap, sinks))
+        return match(*args, key_ridge=key_ridge)
+
+    monkeypatch.setattr(press_module, "ask", with_both)
+    monkeypatch.setattr(press_module, "attention_match", watched)
+    run(llama, AttentionMatchingPress(KnormPress(0.5), n_queries=5), input_ids_for(CASES["Knorm"], bsz=2))
+    for softcap, sinks in given:
+        assert softcap == 30.0
+        assert sinks.dtype == torch.float32
+        assert sinks.tolist() == [[[0, 1, 0, 1, 0], [2, 3, 2, 3, 2]]] * 2
+    assert len(given) == 4
 
 
 # What it promises.
@@ -436,12 +512,13 @@ def test_the_attention_output_of_the_next_token_comes_nearer_to_the_full_caches(
 
 
 def test_the_report_tells_what_was_fitted(llama):
-    press = AttentionMatchingPress(KnormPress(0.5))
+    press = AttentionMatchingPress(KnormPress(0.5), n_queries=40)
     run(llama, press, input_ids_for(CASES["Knorm"]))
     for row in press.report.to_dict().values():
         assert row["heads"] == 2
         assert 0 <= row["heads_fitted"] <= 2
         assert 0 <= row["error_after"] <= row["error_before"]
         assert (row["kept"], row["evicted"]) == (96, 96)
+        assert row["n_queries"] == 40
     assert "heads matched; squared error of the attention output" in str(press.report)
     assert {"heads", "heads_fitted", "error_before", "error_after"} <= set(press.report.to_frame().columns)

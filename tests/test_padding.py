@@ -13,7 +13,9 @@ from replay import attention_modules, clear_masks, decode, snapshot
 from transformers import DynamicCache
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
+from kvpress_merging import attention_matching_press as press_module
 from kvpress_merging.following.padding import Padding
+from kvpress_merging.reference import reference_positions
 
 N_CONTEXT = 64
 LENGTHS = (64, 40, 23)  # tokens of each row, the rest is padding
@@ -216,21 +218,30 @@ def test_a_mask_is_read_once_for_all_layers_and_none_is_not_read_at_all(llama, m
     assert len(reads) == 1 < len(attention_modules(llama))
 
 
-def test_the_tokens_of_each_row_are_read_once_for_all_layers_of_a_prefill(llama, monkeypatch):
-    n_read = 0
-    nonzero = torch.Tensor.nonzero
+def test_reference_queries_of_every_row_come_from_its_tokens_alone_without_reading_them(llama, monkeypatch):
+    sampled = []
+    sample = press_module.sample
 
-    def counted(self, *args, **kwargs):
-        nonlocal n_read
-        n_read += self.shape == (N_CONTEXT,)
-        return nonzero(self, *args, **kwargs)
+    def watched(hidden_states, is_padding, n_queries):
+        with monkeypatch.context() as patch:
+            for name in ("nonzero", "item", "tolist", "cpu", "__bool__", "__int__"):
+                patch.setattr(torch.Tensor, name, lambda *args, name=name: pytest.fail(f"{name} reads the device"))
+            # Each position's input says which it is.
+            which = torch.arange(hidden_states.shape[1])[:, None].expand_as(hidden_states)
+            sampled.append(sample(which, is_padding, n_queries)[..., 0])
+        return sample(hidden_states, is_padding, n_queries)
 
-    monkeypatch.setattr(torch.Tensor, "nonzero", counted)
-    press = AttentionMatchingPress(KnormPress(0.5))
-    for prefills in (1, 2):
-        prefill(llama, press, padded_batch())
-        assert n_read == prefills * len(LENGTHS)
-    assert len(llama.model.layers) > 1
+    monkeypatch.setattr(press_module, "sample", watched)
+    for side in ("left", "right"):
+        sampled.clear()
+        prefill(llama, AttentionMatchingPress(KnormPress(0.5), n_queries=30), batch := padded_batch(side))
+        assert len(sampled) == len(attention_modules(llama))
+        for positions in sampled:
+            assert positions.shape == (len(LENGTHS), 30 + 1)  # and the last one, to see whether its key comes out
+            for row, length in enumerate(LENGTHS):
+                tokens = batch["attention_mask"][row].nonzero().squeeze(1)
+                expected = tokens[reference_positions(torch.tensor([length]), 30)]
+                assert positions[row, :-1].tolist() == expected.tolist()
 
 
 def test_a_mask_that_does_not_tell_is_a_clear_error_for_a_batch():

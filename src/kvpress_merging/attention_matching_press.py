@@ -4,46 +4,28 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from kvpress_merging.checks import check_int, check_number, rotates_keys
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.following.model import layer_index
-from kvpress_merging.kernels.match import Match, attention_match
+from kvpress_merging.kernels.match import attention_match
 from kvpress_merging.merge_on_evict_press import MergeOnEvictPress
-from kvpress_merging.queries import prerope_queries, query_scaling, reference_positions, rotate
+from kvpress_merging.queries import Asked, ask
+from kvpress_merging.reference import MAX_RECENT, LayerQueries, sample, turns
 
-Rotation: TypeAlias = tuple[torch.Tensor, torch.Tensor, float]
-"""Cosines and sines of one position, each of shape ``(bsz or 1, rotary_dim)``, and the layer's scaling of queries."""
+# How far the key that a layer makes again of its last token may be from the one in the cache, relative to its norm:
+# what 16 bits, or a quantized layer, make of it; and what a quantized cache may.
+_MAX_KEY_ERROR, _MAX_QUANTIZED_KEY_ERROR = 0.1, 1.0
 
-# Tokens seen after the prefill whose queries join those of the context when a press evicts while decoding.
-_MAX_RECENT = 64
-
-
-@dataclass
-class LayerQueries:
-    """What one layer's reference queries are made of, as long as it works on one cache."""
-
-    # Queries of the context before RoPE, float32, shape (bsz, num_key_value_heads, n, head_dim): one of all rows of the
-    # batch or, where rows have padding, one of each, with bsz 1 and an n of its own.
-    context: list[torch.Tensor]
-    # Of the last token seen.
-    rotation: Rotation
-    # Hidden states of the tokens that followed the context, each of shape (bsz, 1, hidden_dim).
-    recent: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_MAX_RECENT))
-
-    def queries(self, module: nn.Module) -> list[torch.Tensor]:
-        """Queries before RoPE: the context's, and those of the tokens seen since."""
-        if not self.recent:
-            return self.context
-        recent = prerope_queries(module, torch.cat(tuple(self.recent), dim=1))
-        return [torch.cat(parts, dim=2) for parts in zip(self.context, recent.chunk(len(self.context)))]
+# Layers that have been asked for their queries, and whose answers were right.
+_SERVED: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass
@@ -51,11 +33,12 @@ class AttentionMatchingPress(MergeOnEvictPress):
     """
     Match attention on evict: shift the survivors' keys and values so that attention over them gives what it gave.
 
-    A few reference queries are made of the layer's own input and rotated to where the context ends. Each evicted
-    position is counted to the survivor nearby whose key and value are most like its own. The survivor becomes the mean
-    of what it now stands for, keys and values, weighted by attention; a ridge regression then shifts its key from that
-    mean so far that it attracts what those counted to it did, as the reference queries see it. Which positions survive
-    is the inner press's choice alone. See :func:`kvpress_merging.kernels.match.attention_match`.
+    The layer is asked for a few reference queries: those of positions all over its own input, as it would ask them from
+    where the context ends. Each evicted position is counted to the survivor nearby whose key and value are most like
+    its own. The survivor becomes the mean of what it now stands for, keys and values, weighted by attention; a ridge
+    regression then shifts its key from that mean so far that it attracts what those counted to it did, as the reference
+    queries see it. Which positions survive is the inner press's choice alone. See
+    :func:`kvpress_merging.kernels.match.attention_match`.
 
     After [Fast KV Compaction via Attention Matching](https://arxiv.org/abs/2602.16284), which fits a bias per key where
     this shifts the key, so that no attention kernel has to change, and values by regression where these are means;
@@ -66,14 +49,22 @@ class AttentionMatchingPress(MergeOnEvictPress):
     press : BasePress
         The press whose evictions are made good for: any press that evicts positions.
     n_queries : int, default=96
-        Reference queries per KV head, each from a position of its own, at least 1. More fit better and cost more.
+        Reference queries per KV head, each from a position of its own unless the context is shorter, at least 1. More
+        fit better and cost more.
     key_ridge : float, default=0.1
         How strongly keys are held at the mean of what they stand for, above 0, in units of the mean squared query.
 
     Raises
     ------
     TypeError, ValueError
-        If a field has a wrong type or value, at construction and when it is set.
+        If a field has a wrong type or value, at construction and when it is set. At an eviction, a ValueError if a
+        layer does not tell its queries: its attention is none of transformers' attention functions, adds to its logits
+        what its keys and queries do not tell, or does not make the last token's key again as the cache has it.
+
+    Notes
+    -----
+    The last token's key is read from the device at a layer's first eviction in the life of a process, and where a press
+    evicts after the forward pass; nothing else is.
 
     Examples
     --------
@@ -108,13 +99,27 @@ class AttentionMatchingPress(MergeOnEvictPress):
 
     @torch.no_grad()
     def observe(self, module: nn.Module, kwargs: dict[str, Any], is_prefill: bool) -> None:
-        """Keep the queries of a prefill, sampled, and the last tokens of what follows."""
-        hidden_states, rotation = kwargs["hidden_states"], _rotation_at(module, kwargs, -1)
+        """Keep what a prefill's reference queries are made of, and the last tokens of what follows."""
+        hidden_states = kwargs["hidden_states"].detach()
+        given = {name: None if _is_left_out(name, value) else value for name, value in kwargs.items()}
+        del given["hidden_states"]
         if is_prefill or module not in self._queries:
-            self._queries[module] = LayerQueries(self._sample(module, hidden_states), rotation)
-        else:
-            self._queries[module].recent.extend(hidden_states[:, -_MAX_RECENT:].detach().split(1, dim=1))
-            self._queries[module].rotation = rotation
+            self._queries[module] = LayerQueries(given)
+            state, q_len = self._memory.states[module], hidden_states.shape[1]
+            is_whole = q_len == state.context_length
+            if is_whole or q_len > MAX_RECENT:
+                is_padding = state.is_padding if is_whole else None
+                self._queries[module].context = sample(hidden_states, is_padding, self.n_queries)
+                return
+        self._queries[module].kwargs = given
+        self._queries[module].add(hidden_states)
+
+    def rearrange(self, module: nn.Module, rows: torch.Tensor | None, n_cut: int) -> None:
+        """Follow a cache whose rows were moved, or whose end was cut off, between two forward passes."""
+        if module in self._queries and rows is not None:
+            self._queries[module].move(rows)
+        if module in self._queries and n_cut:
+            self._queries[module].cut(n_cut)
 
     @torch.no_grad()
     def fold(
@@ -129,22 +134,33 @@ class AttentionMatchingPress(MergeOnEvictPress):
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Re-fit; see the class. Where a press pruned channels of the survivors' keys, they stay pruned."""
-        prerope, rotation = self._queries[module].queries(module), self._queries[module].rotation
-        kept_rotation = None  # as rotation
-        if eviction.keys_rewritten and rotates_keys(self.press):
-            kept_rotation = _rotation_at(module, kwargs, kept_keys.shape[2] - 1)
-
-        if len(prerope) == 1:
-            layer = keys, values, kept_keys, kept_values
-            match = self._match(layer, prerope[0], rotation, kept_rotation, eviction)
-        else:
-            matches = []
-            for row, row_prerope in enumerate(prerope):
-                one = slice(row, row + 1)
-                layer = keys[one], values[one], kept_keys[one], kept_values[one]
-                rotations = _of_row(rotation, one), kept_rotation and _of_row(kept_rotation, one)
-                matches.append(self._match(layer, row_prerope, *rotations, eviction.of_row(row)))
-            match = Match(*(torch.cat([getattr(m, f.name) for m in matches]) for f in fields(Match)))
+        seen, state = self._queries[module], self._memory.states[module]
+        inputs = seen.hidden_states()
+        asked = self._ask(module, inputs, seen.kwargs, -1)
+        if module not in _SERVED or hidden_states is None:
+            max_error = _MAX_QUANTIZED_KEY_ERROR if state.is_quantized else _MAX_KEY_ERROR
+            if _is_far(asked.key[:, :, -1], keys[:, :, state.k_len - 1], max_error):
+                raise self._not_served(module, "the key that it makes again of its last token is not the cache's")
+            _SERVED.add(module)
+        heads = turns(inputs.shape[1] - 1, asked.query.shape[1] // asked.key.shape[1], keys.device)
+        queries, sinks = asked.of_heads(heads)
+        kept_queries = queries
+        if eviction.keys_rewritten:
+            if rotates_keys(self.press):
+                kept_queries, _ = self._ask(module, inputs, seen.kwargs, kept_keys.shape[2] - 1).of_heads(heads)
+            kept_queries = kept_queries * (kept_keys != 0).any(dim=2, keepdim=True)
+        given = {"softcap": asked.softcap, "sinks": sinks}
+        match = attention_match(
+            keys,
+            values,
+            kept_keys,
+            kept_values,
+            queries,
+            kept_queries,
+            eviction,
+            key_ridge=self.key_ridge,
+            **{name: value for name, value in given.items() if value is not None},
+        )
         self.report.record_fit(
             layer_index(module),
             eviction,
@@ -152,48 +168,41 @@ class AttentionMatchingPress(MergeOnEvictPress):
             match.eviction_error,
             match.matching_error,
             match.output_norm,
+            n_queries=queries.shape[2],
         )
         return match.keys, match.values
 
-    def _match(
-        self,
-        layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        prerope: torch.Tensor,
-        rotation: Rotation,
-        kept_rotation: Rotation | None,
-        eviction: Eviction,
-    ) -> Match:
-        queries = kept_queries = rotate(prerope, *rotation).contiguous()
-        if eviction.keys_rewritten:
-            if kept_rotation is not None:
-                kept_queries = rotate(prerope, *kept_rotation).contiguous()
-            kept_queries = kept_queries * (layer[2] != 0).any(dim=2, keepdim=True)
-        return attention_match(*layer, queries, kept_queries, eviction, key_ridge=self.key_ridge)
+    def _ask(self, module: nn.Module, hidden_states: torch.Tensor, kwargs: dict[str, Any], position: int) -> Asked:
+        """What the layer makes of these at a position, or a ValueError that names it."""
+        try:
+            asked = ask(module, hidden_states, kwargs, position)
+        except Exception as error:
+            if module in _SERVED or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise self._not_served(module, f"it cannot run on a few positions alone ({error})") from error
+        if asked is None:
+            raise self._not_served(module, "its attention is none of transformers' attention functions")
+        if asked.attention_mask is not None:
+            raise self._not_served(module, "it adds to its logits what its keys and queries do not tell")
+        return asked
 
-    def _sample(self, module: nn.Module, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-        """Queries at the reference positions of each row's tokens."""
-        is_padding = self._memory.states[module].is_padding
-        q_len, device = hidden_states.shape[1], hidden_states.device
-        if is_padding is None or is_padding.shape[1] != q_len:
-            positions = reference_positions(q_len, self.n_queries, device)
-            return [prerope_queries(module, hidden_states[:, positions])]
-        return [
-            prerope_queries(module, row[None, tokens[reference_positions(len(tokens), self.n_queries, device)]])
-            for row, tokens in zip(hidden_states, self._memory.padding.tokens(is_padding))
-        ]
-
-
-def _of_row(rotation: Rotation, one: slice) -> Rotation:
-    cos, sin = (part if part.shape[0] == 1 else part[one] for part in rotation[:2])
-    return cos, sin, rotation[2]
-
-
-def _rotation_at(module: nn.Module, kwargs: dict[str, Any], position: int) -> Rotation:
-    """Of one position of a forward pass."""
-    if kwargs.get("position_embeddings") is None:
-        raise ValueError(
-            f"{type(module).__name__} is not given position_embeddings (cos, sin), so its queries cannot be rotated to "
-            "where the context ends: AttentionMatchingPress needs a model with rotary embeddings"
+    def _not_served(self, module: nn.Module, reason: str) -> ValueError:
+        model = getattr(getattr(module, "config", None), "model_type", "this model")
+        return ValueError(
+            f"{type(self).__name__} cannot ask layer {layer_index(module)} of {model} ({type(module).__name__}) for "
+            f"its queries: {reason}; MergingPress works there"
         )
-    cos, sin = kwargs["position_embeddings"]
-    return cos[:, position], sin[:, position], query_scaling(module)
+
+
+def _is_left_out(name: str, value: Any) -> bool:
+    """Whether an argument of a forward pass is its mask or its cache, which a layer that is asked goes without."""
+    return name == "attention_mask" or isinstance(value, Cache)
+
+
+def _is_far(key: torch.Tensor, cached: torch.Tensor, max_error: float) -> bool:
+    """Whether keys of one position, ``(bsz, num_key_value_heads, head_dim)``, differ; not where they are no numbers."""
+    if key.shape != cached.shape:
+        return True
+    error = torch.linalg.vector_norm(key.float() - cached.float(), dim=(1, 2))
+    is_far = error > max_error * torch.linalg.vector_norm(cached.float(), dim=(1, 2))
+    return not is_far.is_meta and bool(is_far.any())

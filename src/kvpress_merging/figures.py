@@ -29,6 +29,7 @@ class Layer:
 
     n_survivors: int = 0
     n_evicted: int = 0
+    n_queries: int | None = None
     merges: list[Merges] = field(default_factory=list)
     # Of each head: whether it lost positions, whether it took the fit, both errors and the output's norm.
     heads: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
@@ -53,7 +54,7 @@ class Layer:
             error_before, error_after = (relative_square(e.double(), norm.double()) for e in (of_eviction, of_matching))
             # What a head is left with: matching's error where it took that.
             error_after = torch.where(is_fitted, error_after, error_before)
-            row |= {"heads": len(is_fitted), "heads_fitted": int(is_fitted.sum())}
+            row |= {"heads": len(is_fitted), "heads_fitted": int(is_fitted.sum()), "n_queries": self.n_queries}
             row |= {"error_before": float(error_before.mean()), "error_after": float(error_after.mean())}
         if self.merges:
             columns = [column.flatten().cpu().double().numpy() for column in self.merges[0][:3]]

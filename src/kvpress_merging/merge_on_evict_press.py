@@ -130,6 +130,21 @@ class MergeOnEvictPress(PressWrapper):
             of the layer is then out of date.
         """
 
+    def rearrange(self, module: nn.Module, rows: torch.Tensor | None, n_cut: int) -> None:
+        """
+        Follow a cache that was rearranged since its last forward pass: for rules that remember something of its rows.
+
+        Parameters
+        ----------
+        module : nn.Module
+            The attention layer.
+        rows : torch.Tensor or None
+            Which of the earlier rows each row of the batch now is, int64, shape ``(bsz,)``; None if they are as they
+            were.
+        n_cut : int
+            How many positions were cut off its end.
+        """
+
     def _check_field(self, name: str, value: Any) -> None:
         if name != "press":
             return
@@ -187,7 +202,7 @@ class MergeOnEvictPress(PressWrapper):
         return self._watch().compress(module, hidden_states, keys, values, attentions, kwargs)
 
     def _watch(self) -> Watch:
-        return Watch(self.press, self._memory, self.report.start, self.observe, self._merge)
+        return Watch(self.press, self._memory, self.report.start, self.observe, self.rearrange, self._merge)
 
     def _merge(self, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Note an eviction, and fold what was evicted: takes what ``fold`` takes."""

@@ -1,103 +1,80 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reference queries of a layer: what its own context would ask, from where the context ends."""
+"""The queries that an attention layer would ask at a position: it is asked itself, whatever it makes them of."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-
-from kvpress_merging.kernels.rows import scalar
-
-# Positions are the n equal steps of (0, 1) raised to this power, times the length: denser towards the end, whose
-# queries are most like those that will be asked.
-_CROWDING = 2 / 3
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-@lru_cache(maxsize=32)
-def reference_positions(q_len: int, n_queries: int, device: torch.device) -> torch.Tensor:
+class Asked(NamedTuple):
+    """What a layer gave to its attention function."""
+
+    query: torch.Tensor  # (bsz, num_heads, n, head_dim)
+    key: torch.Tensor  # (bsz, num_key_value_heads, n, head_dim)
+    attention_mask: torch.Tensor | None
+    scaling: float
+    softcap: float | None
+    sinks: torch.Tensor | None  # one more logit of each query head, (num_heads,)
+
+    def of_heads(self, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The first n queries, scaled, ``(bsz, num_key_value_heads, n, head_dim)``, and their sinks, both float32.
+
+        ``heads``, int64, ``(n,)``: which of the query heads that a KV head serves is asked at each position.
+        """
+        queries = self.query.unflatten(1, (self.key.shape[1], -1))
+        index = heads[:, None].expand(*queries.shape[:2], 1, -1, queries.shape[-1])
+        queries = queries.gather(2, index).squeeze(2).float() * self.scaling
+        sinks = None if self.sinks is None else self.sinks.unflatten(0, (self.key.shape[1], -1))[:, heads].float()
+        return queries, None if sinks is None else sinks.expand(queries.shape[:3])
+
+
+class _Answer(BaseException):
+    """Leaves the layer's forward pass: nothing that follows is of use, and none of it leaves a trace."""
+
+
+def _answer(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_):  # type: ignore
+    raise _Answer(query, key, attention_mask, scaling or query.shape[-1] ** -0.5, softcap, s_aux)
+
+
+ALL_ATTENTION_FUNCTIONS.register("kvpress_merging", _answer)
+
+
+class _Config(SimpleNamespace):
+    """A layer's ``config``, but for the attention function that it names."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.config, name)
+
+
+def ask(module: nn.Module, hidden_states: torch.Tensor, kwargs: dict[str, Any], position: int) -> Asked | None:
     """
-    Positions to take reference queries from: over the whole context of ``q_len``, denser towards its end.
-
-    They are int64, of shape ``(min(n_queries, q_len),)``, ascending. All who ask for the same share them: not to be
-    written.
+    What a layer makes of ``hidden_states``, ``(bsz, n, hidden_dim)``, at one position of a pass that had ``kwargs``,
+    without mask and cache. None if the layer's attention is none of transformers' attention functions.
     """
-    if n_queries >= q_len:
-        return torch.arange(q_len, device=device)
-    steps = (torch.arange(n_queries, device=device, dtype=torch.float64) + 0.5) / n_queries
-    # Even steps where the last ones would otherwise meet at one position.
-    power = _CROWDING if n_queries <= _CROWDING * q_len else 1.0
-    return (q_len * steps**power).long()
+    config = vars(module)["config"]
+    vars(module)["config"] = _Config(config=config, _attn_implementation="kvpress_merging")
+    try:
+        given = {name: _repeated(value, position, hidden_states.shape[1]) for name, value in kwargs.items()}
+        module.forward(**given | {"hidden_states": hidden_states})
+    except _Answer as answer:
+        return Asked(*answer.args)
+    finally:
+        vars(module)["config"] = config
+    return None
 
 
-def prerope_queries(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """
-    Queries of a layer before RoPE, one per position and KV head.
-
-    Each KV head serves a group of query heads; position after position takes the next of them in turn. So n positions
-    give n different queries for the price of n, and every query head has its say. The number of heads is read off what
-    the projection made, so that a layer split over several devices works with the heads it has.
-
-    Parameters
-    ----------
-    module : nn.Module
-        An attention layer; its ``q_norm``, as Qwen3 and Gemma3 have it, is applied.
-    hidden_states : torch.Tensor
-        Its input at the chosen positions, shape ``(bsz, n, hidden_dim)``.
-
-    Returns
-    -------
-    torch.Tensor
-        float32, shape ``(bsz, num_key_value_heads, n, head_dim)``, not scaled.
-
-    Raises
-    ------
-    TypeError
-        If the layer makes its queries neither by ``q_proj`` nor, as Phi3, by ``qkv_proj``.
-    """
-    projection = getattr(module, "q_proj", getattr(module, "qkv_proj", None))
-    if projection is None:
-        raise TypeError(f"{type(module).__name__} has neither q_proj nor qkv_proj to make reference queries with")
-    bsz, n, _ = hidden_states.shape
-    projected = projection(hidden_states.flatten(0, 1))
-    head_dim, n_channels = int(module.head_dim), projected.shape[-1]  # type: ignore[arg-type]
-    n_groups = int(module.num_key_value_groups)  # type: ignore[arg-type]
-    if not hasattr(module, "q_proj"):
-        # Queries, keys and values side by side, n_groups : 1 : 1 in heads.
-        projected = projected[..., : n_channels * n_groups // (n_groups + 2)]
-    queries = projected.reshape(bsz, n, -1, n_groups, head_dim)
-    turn = _turns(n, n_groups, queries.device)[:, None, None, None]
-    queries = queries.gather(3, turn.expand(bsz, -1, queries.shape[2], 1, head_dim)).squeeze(3)
-    if hasattr(module, "q_norm"):
-        queries = module.q_norm(queries)  # type: ignore[operator]
-    return queries.transpose(1, 2).float()
-
-
-@lru_cache(maxsize=32)
-def _turns(n: int, n_groups: int, device: torch.device) -> torch.Tensor:
-    """Which query head of each group has its say at each of n positions, int64, shape ``(n,)``; not to be written."""
-    return torch.arange(n, device=device) % n_groups
-
-
-def query_scaling(module: nn.Module) -> float:
-    """What a layer multiplies products of queries and keys by: they are attention logits then."""
-    return float(getattr(module, "scaling", int(module.head_dim) ** -0.5))  # type: ignore[arg-type]
-
-
-def rotate(queries: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scaling: float) -> torch.Tensor:
-    """
-    RoPE: queries as they are when asked at another position, times ``scaling``.
-
-    ``queries``, float32, have the shape ``(bsz, num_key_value_heads, n, head_dim)``; ``cos`` and ``sin`` are those of
-    that position, ``(bsz or 1, rotary_dim)``. Where ``rotary_dim`` is less than ``head_dim`` the rest is not rotated.
-    """
-    rotary_dim = cos.shape[-1]
-    turned, rest = queries[..., :rotary_dim], queries[..., rotary_dim:]
-    first, second = turned.chunk(2, dim=-1)
-    cos, sin = cos.float()[:, None, None], sin.float()[:, None, None]
-    rotated = torch.addcmul(scalar(0.0, torch.float32, queries.device), turned, cos, value=scaling)
-    for half, other, its_sin, sign in zip(rotated.chunk(2, dim=-1), (second, first), sin.chunk(2, dim=-1), (-1, 1)):
-        half.addcmul_(other, its_sin, value=sign * scaling)
-    return torch.cat([rotated, rest * scaling], dim=-1) if rest.shape[-1] else rotated
+def _repeated(value: Any, position: int, n: int) -> Any:
+    """n times what is at a position of a sequence: along the last axis, but for embeddings, with channels behind it."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_repeated(part, position, n) for part in value)
+    if not isinstance(value, torch.Tensor) or value.dim() == 0:
+        return value
+    axis = -2 if value.dim() > 1 and (value.is_floating_point() or value.is_complex()) else -1
+    return value.narrow(axis, position, 1).expand([n if i == axis % value.dim() else -1 for i in range(value.dim())])

@@ -43,7 +43,8 @@ class MergeReport:
     - ``heads``, ``heads_fitted``: heads (times batch rows and evictions) that lost positions, and those of them that
       took the fit;
     - ``error_before``, ``error_after``: their mean squared error of the attention output over reference queries,
-      relative to the output's, as eviction leaves it and as it is left in the end.
+      relative to the output's, as eviction leaves it and as it is left in the end;
+    - ``n_queries``: reference queries per head that the last fit was made for.
 
     Examples
     --------
@@ -130,6 +131,8 @@ class MergeReport:
         eviction_error: torch.Tensor,
         matching_error: torch.Tensor,
         output_norm: torch.Tensor,
+        *,
+        n_queries: int | None = None,
     ) -> None:
         """
         Note what matching made of one eviction.
@@ -140,7 +143,10 @@ class MergeReport:
             As in :meth:`record`.
         is_fitted, eviction_error, matching_error, output_norm : torch.Tensor
             As :func:`kvpress_merging.kernels.match.attention_match` returns them, which are kept.
+        n_queries : int, optional
+            How many reference queries per head it was made for.
         """
+        self._layers[layer_idx].n_queries = n_queries
         has_lost = [n > 0 for _, n in eviction.counts] if eviction.counts else [True] * is_fitted.numel()
         heads = (torch.tensor(has_lost, device="cpu"), is_fitted, eviction_error, matching_error, output_norm)
         self._layers[layer_idx].heads.append(heads)

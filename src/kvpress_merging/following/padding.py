@@ -15,14 +15,12 @@ class Padding:
     Reads the padding off the attention masks that layers are given.
 
     Where no position is padding, transformers gives its layers no mask for scaled dot product and flash attention; then
-    nothing is looked at. Otherwise a mask is read from the device once, for all layers that are given the same, and so
-    are the positions of its tokens.
+    nothing is looked at. Otherwise a mask is read from the device once, for all layers that are given the same.
     """
 
     def __init__(self) -> None:
-        # By mask, and by what is padding: layers with a sliding window have another mask than those without.
+        # By mask: layers with a sliding window have another than those without.
         self._is_padding = WeakTensorKeyDictionary()
-        self._tokens = WeakTensorKeyDictionary()
 
     def find(self, attention_mask: Any, bsz: int, k_len: int, window: int | None = None) -> torch.Tensor | None:
         """
@@ -45,14 +43,6 @@ class Padding:
         if attention_mask not in self._is_padding:
             self._is_padding[attention_mask] = _find_unseen(attention_mask, bsz, k_len, window)
         return self._is_padding[attention_mask]
-
-    def tokens(self, is_padding: torch.Tensor) -> list[torch.Tensor]:
-        """Of each row of what :meth:`find` gave, the positions that are no padding, int64, ascending."""
-        if is_padding not in self._tokens:
-            # Of a row that is nothing but padding any position will do: there is nothing to match.
-            is_token = ~is_padding | is_padding.all(dim=1, keepdim=True)
-            self._tokens[is_padding] = [row.nonzero().squeeze(1) for row in is_token]
-        return self._tokens[is_padding]
 
 
 def _find_unseen(mask: torch.Tensor, bsz: int, k_len: int, window: int | None) -> torch.Tensor | None:

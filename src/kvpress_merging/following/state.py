@@ -13,6 +13,7 @@ import torch
 from kvpress import BasePress
 from torch import nn
 from transformers import Cache
+from transformers.cache_utils import QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpress_merging.eviction import Eviction, masked_positions
@@ -22,6 +23,9 @@ from kvpress_merging.following.padding import Padding
 
 Masks: TypeAlias = tuple[torch.Tensor, ...]
 """Batch rows, heads and positions of what is masked."""
+
+# What a cache layer is told, so that its copies know it, when positions of a batch with padding are evicted from it.
+_IS_OUT_OF_LINE = "is_out_of_line_with_masks"
 
 
 def masks_on(module: nn.Module) -> Masks | None:
@@ -57,6 +61,11 @@ class LayerState:
     # What ``module.masked_key_indices`` says of an earlier cache. kvpress's attention functions forget it when they
     # prefill, but not the model's own eager one.
     stale_masks: Masks | None = None
+    is_quantized: bool = False
+    # The layer's values as they were left last; of several rows, one number for each row and position, by which a row
+    # is known again, shape (bsz, k_len).
+    values: ref[torch.Tensor] | None = None
+    rows: torch.Tensor | None = None
 
     def masks_on(self, module: nn.Module) -> Masks | None:
         """What ``module.masked_key_indices`` says of this cache."""
@@ -70,6 +79,66 @@ class LayerState:
         if self.masked is not None and n_forgotten > self.n_forgotten:
             self.masked = self.masked[..., n_forgotten - self.n_forgotten :]
         self.n_forgotten = n_forgotten
+
+    def note_rows(self, layer: Any) -> None:
+        """Note the layer as it is left, to see what becomes of its rows until it is seen again."""
+        if not self.is_quantized:  # transformers moves no rows of what is quantized
+            self.values = ref(layer.values)
+            self.rows = layer.values[:, 0, :, 0].clone() if layer.values.shape[0] > 1 else None
+
+    def find_rows(self, press: BasePress, module: nn.Module, layer: Any) -> list[int] | None:
+        """
+        Which of the earlier rows each row of the layer is, -1 if none; None if the rows are as they were.
+
+        Reads from the device, but only where there are several rows and something put other values in the layer's place
+        since :meth:`note_rows`. Raises a ValueError where padding is known of rows that are none of those, and where
+        rows were moved under masks, which do not move with them.
+        """
+        if self.values is None or layer.values is self.values() or layer_length(layer) == 0:
+            return None
+        bsz = layer.values.shape[0]
+        if self.rows is None:
+            rows = [0] * bsz
+        else:
+            now = layer.values[:, 0, :, 0]
+            then = self.rows[:, tokens_seen(layer) - layer_length(layer) - self.n_forgotten :]
+            k_len = min(now.shape[1], then.shape[1])
+            is_same = torch.stack([(then[:, :k_len] == row[:k_len]).all(dim=1) for row in now]).tolist()
+            if self.masked is not None and not all(map(any, is_same)):
+                raise ValueError(
+                    f"rows of layer {layer_index(module)} of the cache are none of those that it held when "
+                    f"{type(press).__name__} saw it last, so what is padding in them, or masked, is not known: use a "
+                    "new cache for another batch"
+                )
+            # Of equal rows the one at its own place.
+            rows = [
+                i if i < len(same) and same[i] else same.index(True) if any(same) else -1
+                for i, same in enumerate(is_same)
+            ]
+        if rows == list(range(1 if self.rows is None else len(self.rows))):
+            return None
+        masks = self.masks_on(module)
+        if masks is not None and len(masks[-1]):
+            raise ValueError(
+                f"{type(press).__name__} masked positions of a batch whose rows were then repeated, dropped or moved "
+                "in the cache, where masks do not follow: move rows before it evicts, or use a press that shrinks it"
+            )
+        return rows
+
+    def rearrange(self, rows: torch.Tensor | None, n_cut: int) -> None:
+        """Follow rows that were moved, and positions that were cut off the end."""
+        if rows is not None:
+            self.masked = None if self.masked is None else self.masked[rows]
+            self.is_padding = None if self.is_padding is None else self.is_padding[rows]
+        if n_cut:
+            self.k_len -= n_cut
+            self.masked = None if self.masked is None else self.masked[..., : self.k_len]
+
+    def mark(self, layer_idx: int) -> None:
+        """Tell the cache layer of an eviction, if the batch has padding: masks do not line up with it any more."""
+        cache = None if self.cache is None else self.cache()
+        if cache is not None and self.is_padding is not None:
+            setattr(cache.layers[layer_idx], _IS_OUT_OF_LINE, True)
 
     def check_cut(self, press: BasePress, module: nn.Module, layer: Any, q_len: int) -> None:
         """Raise a ValueError for a cache that was cut back under masks that reach beyond it, and q_len tokens more."""
@@ -155,22 +224,32 @@ class Memory:
             return None
         return state if state.cache is None or state.cache() is cache else None
 
-    def start(self, module: nn.Module, kwargs: dict[str, Any], bsz: int, k_len: int | None = None) -> None:
+    def start(
+        self, module: nn.Module, kwargs: dict[str, Any], bsz: int, *, is_prefill: bool, k_len: int | None = None
+    ) -> None:
         """
         Remember a layer anew, at a forward pass with these arguments: it works on another cache, or is prefilled.
 
         ``k_len`` is the number of positions in the layer, by default those that the cache has.
         """
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         state = LayerState(None if cache is None else ref(cache), k_len or 0, k_len or 0)
+        layer = None if cache is None else cache.layers[layer_index(module)]
+        state.is_quantized = isinstance(layer, QuantizedLayer)
         if k_len is None:
-            layer = cache.layers[layer_index(module)]  # type: ignore[union-attr]
-            state.context_length = tokens_seen(layer)
+            state.context_length = tokens_seen(layer)  # type: ignore[arg-type]
             state.look_at(layer)
         config: Any = getattr(module, "config", None)
         window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
         state.is_padding = self.padding.find(kwargs.get("attention_mask"), bsz, state.context_length, window)
         if state.is_padding is not None:
+            if not is_prefill and getattr(layer, _IS_OUT_OF_LINE, False):
+                raise ValueError(
+                    f"layer {layer_index(module)} of this cache, or of the one that it is a copy of, lost positions of "
+                    "a batch with padding before this press saw it, so the attention mask does not line up with it any "
+                    "more, and what is padding is not known: evict with one press and in one cache from the prefill "
+                    "on, or prefill rows of one length"
+                )
             state.masked = state.is_padding[:, None, -state.k_len :]
         if getattr(config, "_attn_implementation", "sdpa") not in ALL_ATTENTION_FUNCTIONS:
             state.stale_masks = masks_on(module)

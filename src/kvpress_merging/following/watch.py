@@ -16,11 +16,12 @@ import torch
 from kvpress import BasePress
 from torch import nn
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from kvpress_merging.checks import not_followed, refuse_what_the_press_gets_wrong
 from kvpress_merging.following.cache import OpenLayer, is_followed, layer_length, open_layer, tokens_seen
 from kvpress_merging.following.model import attention_modules, decoder_layers, layer_index, only_looking
-from kvpress_merging.following.state import Masks, Memory, is_same, masks_on
+from kvpress_merging.following.state import LayerState, Masks, Memory, is_same, masks_on
 from kvpress_merging.following.undo import EnteredModel, Snapshot
 from kvpress_merging.wrapping import nested_presses
 
@@ -34,9 +35,10 @@ class Watch:
     press: BasePress
     memory: Memory
     # What is done where a layer starts anew, with its index; at each forward pass, as ``MergeOnEvictPress.observe``;
-    # and with each eviction, as its ``fold``.
+    # where a cache was rearranged, as its ``rearrange``; and with each eviction, as its ``fold``.
     start: Callable[[int], None]
     observe: Callable[[nn.Module, dict[str, Any], bool], None]
+    rearrange: Callable[[nn.Module, torch.Tensor | None, int], None]
     merge: Callable[..., Tensors]
     # The attention layers that the press has hooks on; all where it has none, and what it does comes later.
     hooked: set[nn.Module] = field(default_factory=set)
@@ -103,6 +105,12 @@ class Watch:
         """Leave the press's context, in which it may evict, and merge what it evicted then."""
         modules = {module: open_layer(cache, layer_index(module)) for module, cache in self.seen.items()}
         masks_before = {module: self.memory.states[module].masks_on(module) for module in modules}
+        for module, layer in modules.items():
+            if self.memory.states[module].find_rows(self.press, module, layer.layer) is not None:
+                raise ValueError(
+                    f"rows of layer {layer_index(module)} of the cache were moved since the last forward pass, and "
+                    f"{type(self.press).__name__} may evict now: leave its context first, or after one more pass"
+                )
         handles = []
         with Snapshot(*model.modules(), *map(self.memory.states.get, modules), layers=modules.values()):
             for module, layer in modules.items():
@@ -124,6 +132,7 @@ class Watch:
                     if layer.lengths()[0] < min(limit, state.k_len):
                         raise not_followed(self.press)
                 self._merge(module, layer, masks_before[module], None, {}, limit)
+                state.note_rows(self.seen[module].layers[layer_index(module)])
 
     # Each forward pass of a layer.
 
@@ -140,11 +149,15 @@ class Watch:
         bsz, q_len = kwargs["hidden_states"].shape[:2]
         is_prefill = tokens_seen(layer) == q_len  # as kvpress's, without reading from the device
         state = self.memory.state_of(module, cache)
+        if not self.hooked and state is not None and not is_prefill:
+            state = self._follow_cache(
+                module, state, layer, n_new=q_len
+            )  # by hand: no hook of ours ran before the pass
         is_new = is_prefill or state is None
         if is_prefill:
             refuse_what_the_press_gets_wrong(self.press, cache, bsz)
         if is_new:
-            self.memory.start(module, kwargs, bsz)
+            self.memory.start(module, kwargs, bsz, is_prefill=is_prefill)
         else:
             state.look_at(layer)  # type: ignore[union-attr]
         self.seen[module] = cache
@@ -166,6 +179,8 @@ class Watch:
             with self._noting_failure(cache), self._following(module, layer, kwargs.get("hidden_states"), kwargs):
                 result = hook(module, args, kwargs, output)
             self.memory.states[module].look_at(cache.layers[layer_index(module)])
+            if not self.hooked:
+                self.memory.states[module].note_rows(cache.layers[layer_index(module)])
             return result
 
         return followed_hook
@@ -180,18 +195,25 @@ class Watch:
         kwargs: dict[str, Any],
     ) -> Tensors:
         """Follow the press's ``compress``, called by hand."""
-        is_prefill = hidden_states.shape[1] == keys.shape[2]
-        if is_prefill or self.memory.state_of(module, kwargs.get("past_key_values")) is None:
-            self.memory.start(module, kwargs, hidden_states.shape[0], keys.shape[2])
+        bsz, k_len = keys.shape[0], keys.shape[2]
+        is_prefill = hidden_states.shape[1] == k_len
+        held: Any = DynamicLayer()  # type: ignore[no-untyped-call]
+        held.keys, held.values, held.is_initialized = keys, values, True
+        state = self.memory.state_of(module, kwargs.get("past_key_values"))
+        if state is not None and not is_prefill:
+            state = self._follow_cache(module, state, held, n_new=0)
+        if is_prefill or state is None:
+            self.memory.start(module, kwargs, bsz, is_prefill=is_prefill, k_len=k_len)
             self.start(layer_index(module))
+        self.memory.states[module].k_len = k_len
         # All that is known of the layer is what came along.
         self.observe(module, {**kwargs, "hidden_states": hidden_states}, True)
-        held = SimpleNamespace(keys=keys, values=values)
         layer = OpenLayer(SimpleNamespace(layers=[held]), 0)
         with self._following(module, layer, hidden_states, kwargs):
             held.keys, held.values = self.press.compress(
                 module, hidden_states, held.keys, held.values, attentions, kwargs
             )
+        self.memory.states[module].note_rows(held)
         return held.keys, held.values
 
     def _is_followed(self, module: nn.Module, cache: Cache) -> bool:
@@ -245,6 +267,8 @@ class Watch:
             module, hidden_states, *layer.before(), compressed.keys, compressed.values, eviction, kwargs
         )
         layer.commit(None if keys is compressed.keys else keys, None if values is compressed.values else values)
+        if eviction.n_evicted:
+            state.mark(layer_index(module))
 
     # What would go wrong unseen.
 
@@ -258,7 +282,7 @@ class Watch:
 
     def _check_cache(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """
-        Refuse to go on with a cache that was cut back under masks that reach beyond it, or is in a second pass.
+        Follow what became of a cache since the last pass; refuse to go on where masks do not, or in a second pass.
 
         Some releases of transformers answer a TypeError inside a forward pass with the same pass anew, over a cache
         that has taken in the first one: such a pass ends with the same error before it reaches the cache.
@@ -273,6 +297,26 @@ class Watch:
         if cache is not None and state is not None and layer_index(module) < len(cache.layers):
             layer = cache.layers[layer_index(module)]
             state.check_cut(self.press, module, layer, kwargs["hidden_states"].shape[1])
+            self._follow_cache(module, state, layer, n_new=0)
+
+    def _follow_cache(self, module: nn.Module, state: LayerState, layer: Any, n_new: int) -> LayerState | None:
+        """
+        Have what is remembered of a layer follow its rows, and forget what was cut off its end.
+
+        ``n_new`` tokens have come since. None if it holds another batch: the layer starts anew.
+        """
+        if not is_followed(layer) or not layer_length(layer):
+            return state
+        rows = state.find_rows(self.press, module, layer)
+        if rows is not None and -1 in rows:
+            del self.memory.states[module]
+            return None
+        n_cut = max(0, state.n_forgotten + state.k_len + n_new - tokens_seen(layer))
+        if rows is not None or n_cut:
+            index = None if rows is None else torch.tensor(rows, device=layer.values.device)
+            state.rearrange(index, n_cut)
+            self.rearrange(module, index, n_cut)
+        return state
 
     def _check_unseen(self, model: nn.Module, args: Any, output: Any) -> None:
         """Refuse an eviction from a layer that was made elsewhere than in the layer's own hook."""
@@ -289,6 +333,7 @@ class Watch:
         """Note a layer as all hooks on its attention have left it, those of presses around this one too."""
         if module in self.seen:
             self.ran[module] = (self._length(module), masks_on(module))
+            self.memory.states[module].note_rows(self.seen[module].layers[layer_index(module)])
 
     def _length(self, module: nn.Module) -> int:
         return layer_length(self.seen[module].layers[layer_index(module)])
