@@ -50,6 +50,11 @@ def test_what_the_bare_press_evicts_is_merged(name, of_model, k_len, model):
         assert outcome(model, MergingPress(case.make()), ids, new_cache(model, of_model)) == (None, bare_error)
         return
     full = run(model, None, ids, cache=new_cache(model, of_model))
+    if all(
+        torch.equal(layer.is_masked, of_full.is_masked) and layer.keys.shape == of_full.keys.shape
+        for layer, of_full in zip(bare, full)
+    ):
+        pytest.skip(f"bare {name} evicts nothing here")
     press = MergingPress(case.make())
     merged = run(model, press, ids, cache=new_cache(model, of_model))
     assert assert_merged(full, bare, merged) == sum(row["merged"] for row in press.report.to_dict().values()) > 0
