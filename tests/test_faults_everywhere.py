@@ -19,6 +19,7 @@ from replay import attention_modules, clear_masks, decode
 from test_caches import quantized
 from tiny import tiny_checkpoint
 from transformers import DynamicCache
+from transformers.cache_utils import QuantizedLayer
 
 from kvpress_merging import AttentionMatchingPress, MergingPress
 

@@ -24,7 +24,8 @@ from kvpress_merging.kernels import products, trial
 from kvpress_merging.kernels.blend import cosine_blend
 from kvpress_merging.kernels.nearest import naive_nearest_survivors, nearest_survivors
 
-triton = pytest.importorskip("triton", reason="triton has no package for this platform")
+pytest.importorskip("triton", reason="triton has no package for this platform")
+import triton
 from interpreter import why_not
 
 from kvpress_merging.kernels import nearest_triton
