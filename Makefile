@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH_INDEX_URL ?=
 # Those of the environments of test-lowest and test-latest: the oldest and the newest that were tested, if they are there.
 LOWEST_PYTHON ?= $(or $(shell python3.10 -c "print(\"python3.10\")" 2>/dev/null),$(PYTHON))
-LATEST_PYTHON ?= $(or $(shell python3.13 -c "print(\"python3.13\")" 2>/dev/null),$(PYTHON))
+LATEST_PYTHON ?= $(or $(shell python3.12 -c "print(\"python3.12\")" 2>/dev/null),$(PYTHON))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

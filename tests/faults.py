@@ -106,7 +106,7 @@ Print: TypeAlias = tuple[bytes, bytes, bytes] | None
 
 def print_of(module: Any, layer: Any) -> Print:
     """The bits of one cache layer and of its mask; None where nothing has been written to it."""
-    if not getattr(layer, "is_initialized", False):
+    if layer is None or layer.keys is None:
         return None
     assert not {"_quantize", "_dequantize"}.intersection(vars(layer))
     parts = [layer.keys], [layer.values]

@@ -194,7 +194,7 @@ def test_a_static_cache_is_a_clear_error(llama, input_ids):
 class OtherLayer(CacheLayerMixin):
     """A cache layer that keeps its keys and values under other names."""
 
-    is_sliding = False
+    is_sliding = is_initialized = False
 
     def lazy_initialization(self, *states):
         self.is_initialized = True

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -40,17 +41,17 @@ WITHOUT_TWIN = ("no_press", "think", "cam_", "decoding_", "merging_")
 @pytest.fixture(scope="module")
 def kvpress_source() -> Path:
     """kvpress's source distribution, which holds its evaluation; the wheel does not."""
-    folder = cache_folder() / "kvpress-0.5.5"
+    folder = cache_folder() / f"kvpress-{version('kvpress')}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "evaluation" / "evaluate.py").exists():
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "kvpress"]
             fetched = subprocess.run(
-                [*command, "-d", str(folder.parent), "kvpress==0.5.5"], capture_output=True, text=True
+                [*command, "-d", str(folder.parent), f"kvpress=={version('kvpress')}"], capture_output=True, text=True
             )
             if fetched.returncode:
                 pytest.skip(f"kvpress's source distribution is out of reach: {fetched.stderr[-300:]}")
-            shutil.unpack_archive(folder.parent / "kvpress-0.5.5.tar.gz", folder.parent)
+            shutil.unpack_archive(f"{folder}.tar.gz", folder.parent)
     return folder
 
 

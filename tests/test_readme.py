@@ -26,6 +26,7 @@ pytest.importorskip("gguf", reason="needs gguf, of the extra 'eval'")
 from evaluation.__main__ import COMMANDS, main
 from evaluation.cli import Parser
 from evaluation.models import BUILT_IN_MODEL, built_in_model_folder
+from kvpress_merging.__main__ import main as check_environment
 
 pytestmark = needs_extra("eval")
 
@@ -162,6 +163,9 @@ def test_what_is_to_be_typed_can_be_typed(block, model, tokenizer, checkout, mon
         elif program.startswith("python") and words[1:3] == ["-m", "evaluation"]:
             with monkeypatch.context() as patches:
                 evaluate(words[3:], bool(block.needs), patches)
+        elif program.startswith("python") and words[1:3] == ["-m", "kvpress_merging"]:
+            assert not words[3:]
+            assert check_environment() == 0
         elif "pip" in words[:3]:
             check_extras(words)
         elif not block.needs and words[0] not in ("cd", ".") and words[1:3] != ["-m", "venv"]:

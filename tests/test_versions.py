@@ -9,6 +9,7 @@ from importlib.metadata import requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
@@ -71,3 +72,11 @@ def test_the_table_of_what_was_run_reaches_both_ends_of_what_is_promised_and_no_
 def test_the_pythons_that_are_named_are_those_that_were_run():
     classifiers = re.findall(r'"Programming Language :: Python :: ([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     assert set(classifiers) == {".".join(cell["Python"].split(".")[:2]) for cell in cells()}
+
+
+def test_python_ends_where_what_kvpress_needs_does():
+    fire = next(r for r in map(Requirement, requires("kvpress")) if r.name == "fire")
+    assert bounds(fire, "<") == [Version("0.7")]  # 0.7 is the first that does without pipes, which Python 3.13 lacks
+    requires_python = re.search(r'^requires-python = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert "3.12" in SpecifierSet(requires_python)
+    assert "3.13" not in SpecifierSet(requires_python)

@@ -50,6 +50,9 @@ def test_what_the_bare_press_evicts_is_merged(name, of_model, k_len, model):
         assert outcome(model, MergingPress(case.make()), ids, new_cache(model, of_model)) == (None, bare_error)
         return
     full = run(model, None, ids, cache=new_cache(model, of_model))
+    has_survivors = [layer.is_masked.any(-1) & ~layer.is_masked.all(-1) for layer in bare]
+    if not any(map(torch.any, has_survivors)) and all(a.keys.shape == b.keys.shape for a, b in zip(bare, full)):
+        pytest.skip(f"bare {name} evicts all of a head or nothing here")
     press = MergingPress(case.make())
     merged = run(model, press, ids, cache=new_cache(model, of_model))
     assert assert_merged(full, bare, merged) == sum(row["merged"] for row in press.report.to_dict().values()) > 0
