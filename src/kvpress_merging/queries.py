@@ -9,8 +9,6 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from kvpress_merging.kernels.rows import scalar
-
 # Positions are the n equal steps of (0, 1) raised to this power, times the length: denser towards the end, whose
 # queries are most like those that will be asked.
 _CROWDING = 2 / 3
@@ -97,7 +95,7 @@ def rotate(queries: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scaling:
     turned, rest = queries[..., :rotary_dim], queries[..., rotary_dim:]
     first, second = turned.chunk(2, dim=-1)
     cos, sin = cos.float()[:, None, None], sin.float()[:, None, None]
-    rotated = torch.addcmul(scalar(0.0, torch.float32, queries.device), turned, cos, value=scaling)
+    rotated = torch.addcmul(queries.new_zeros(()), turned, cos, value=scaling)
     for half, other, its_sin, sign in zip(rotated.chunk(2, dim=-1), (second, first), sin.chunk(2, dim=-1), (-1, 1)):
         half.addcmul_(other, its_sin, value=sign * scaling)
     return torch.cat([rotated, rest * scaling], dim=-1) if rest.shape[-1] else rotated
