@@ -39,7 +39,6 @@ from kvpress_merging import AttentionMatchingPress, MergingPress
 from kvpress_merging import attention_matching_press as press_module
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.match import Match, naive_attention_match
-from kvpress_merging.kernels.rows import head_blocks
 
 AT_PREFILL = [name for name, case in CASES.items() if case.moment != "decoding"]
 
@@ -189,15 +188,13 @@ def assert_told_what_the_press_did(given: Given, full: Layer, bare: Layer) -> No
     torch.testing.assert_close(given.keys[:, :, :k_len], full.keys, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(given.values[:, :, :k_len], full.values, rtol=1e-4, atol=1e-4)
     positions, eviction = positions_by_value(full, bare), given.eviction
-    for b, heads, n_survivors, n_evicted in head_blocks(eviction, heads_per_block=1):
-        h = heads.start
-        slots = eviction.slots[b, h, :n_survivors].tolist()
-        survivors = eviction.survivors[b, h, :n_survivors].tolist()
+    for b, h, *lists in eviction.heads():
+        survivors, slots, evicted = (entries.tolist() for entries in lists)
         assert survivors == positions[b, h, slots].tolist() == sorted(survivors)
         assert not bare.is_masked[b, h, slots].any()
         kept = {int(p) for p, is_masked in zip(positions[b, h], bare.is_masked[b, h]) if p >= 0 and not is_masked}
         assert set(survivors) == kept
-        assert eviction.evicted[b, h, :n_evicted].tolist() == sorted(set(range(k_len)) - kept)
+        assert evicted == sorted(set(range(k_len)) - kept)
 
 
 @pytest.mark.parametrize("name", AT_PREFILL)

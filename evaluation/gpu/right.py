@@ -50,7 +50,7 @@ class Layer:
         if isinstance(where, torch.dtype):
             return replace(self, **moved)
         lists = {name: getattr(self.eviction, name).to(where) for name in ("survivors", "slots", "evicted")}
-        eviction = replace(self.eviction, **lists, joined=None)
+        eviction = replace(self.eviction, **lists)
         return replace(self, **moved, queries=self.queries.to(where), eviction=eviction)
 
     @property

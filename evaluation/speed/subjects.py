@@ -21,9 +21,9 @@ from kvpress_merging import AttentionMatchingPress
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels.blend import cosine_blend
 from kvpress_merging.kernels.match import attention_match
-from kvpress_merging.kernels.products import multiplies_16_bits, products
+from kvpress_merging.kernels.nearest import tile_columns
+from kvpress_merging.kernels.products import multiplies_16_bits, multiply
 from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES
-from kvpress_merging.kernels.tiles import tile_shape
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -113,21 +113,18 @@ def matching(inputs: Inputs, tile_bytes: int = DEFAULT_TILE_BYTES) -> Call:
 def bare_products(inputs: Inputs, tile_bytes: int = DEFAULT_TILE_BYTES, in_tiles: bool = False) -> Call:
     """One product per head of all evicted with all surviving keys, in pieces or in the tiles of the search."""
     cell, keys = inputs.cell, inputs.keys
-    n_rows, n_columns = cell.n_kept, max(1, min(cell.n_evicted, _PRODUCT_PIECE // cell.n_kept))
+    n_columns = max(1, min(cell.n_evicted, _PRODUCT_PIECE // cell.n_kept))
     if in_tiles:
-        _, n_rows, n_columns = tile_shape(cell.n_kept, cell.n_evicted, keys.device, tile_bytes)
+        n_columns = tile_columns(cell.n_kept, keys.device, tile_bytes)
     rows = keys[:, 0] if multiplies_16_bits(keys.device, keys.dtype) else keys[:, 0].float()
-    survivors, evicted = rows[:, : cell.n_kept].split(n_rows, dim=1), rows[:, cell.n_kept :].split(n_columns, dim=1)
-    buffer = torch.empty(survivors[0].shape[1] * evicted[0].shape[1], device=keys.device)
+    survivors, evicted = rows[:, : cell.n_kept], rows[:, cell.n_kept :]
 
-    def multiply() -> None:
+    def multiply_all() -> None:
         for _ in range(cell.num_key_value_heads):
-            for columns in evicted:
-                for block in survivors:
-                    shape = (1, block.shape[1], columns.shape[1])
-                    products(block, columns.mT, out=buffer[: shape[1] * shape[2]].view(shape))
+            for columns in evicted.split(n_columns, dim=1):
+                multiply(survivors, columns.mT)
 
-    return multiply
+    return multiply_all
 
 
 def attention(inputs: Inputs) -> Call:

@@ -21,7 +21,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from kvpress_merging import AttentionMatchingPress, MergingPress, __version__
 from kvpress_merging.environment import installed_packages, is_python_tested
-from kvpress_merging.kernels.nearest import takes_triton
 
 _HEAD_DIM = 64
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -36,7 +35,7 @@ def main() -> int:
     for package in packages:
         reason = f"allowed are {package.allowed}" if not package.is_allowed else f"tested are {package.tested}"
         rows.append((package.name, package.version, _verdict(package.is_tested, reason)))
-    rows.append(("triton", _version("triton"), "used on a GPU alone"))
+    rows.append(("triton", _version("triton"), "used on a GPU, where kernel='triton' asks for it"))
     rows.append(("GPU", torch.cuda.get_device_name() if device.type == "cuda" else "none", ""))
     for name, found, remark in rows:
         print(f"  {name:13} {found:20} {remark}".rstrip())
@@ -44,10 +43,8 @@ def main() -> int:
         print("  This package runs from its source, and was not installed: its metadata tells nothing of versions.")
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    print(f"Nearest survivors are searched by the kernel 'torch' ({str(dtype)[6:]} on {device.type}).")
     try:
-        keys = torch.empty(1, 1, 1, _HEAD_DIM, dtype=dtype, device=device)
-        kernel = "triton" if takes_triton(keys) else "torch"
-        print(f"Nearest survivors are searched by the kernel {kernel!r} ({str(dtype)[6:]} on {device.type}).")
         self_test(device, dtype)
     except Exception:
         traceback.print_exc(file=sys.stdout)

@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,8 +39,6 @@ class Eviction:
     keys_rewritten : bool
         Whether the press wrote new keys for the survivors (rotated anew, or with channels set to zero), so that what it
         left differs from the keys of the cache before the eviction.
-    joined : tuple of three torch.Tensor, optional
-        ``survivors``, ``evicted`` and the tensor that both are views of, where there is one: saves a copy.
 
     Examples
     --------
@@ -58,14 +55,6 @@ class Eviction:
     k_len: int
     counts: tuple[tuple[int, int], ...] | None = None
     keys_rewritten: bool = False
-    joined: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """Survivors, then evicted, int64, shape ``(bsz, num_key_value_heads, n_survivors + n_evicted)``."""
-        if self.joined is not None and self.joined[0] is self.survivors and self.joined[1] is self.evicted:
-            return self.joined[2]
-        return torch.cat([self.survivors, self.evicted], dim=-1)
 
     @property
     def is_ragged(self) -> bool:
@@ -85,6 +74,21 @@ class Eviction:
         if self.counts is None:
             return self.survivors.numel()
         return sum(n_survivors for n_survivors, _ in self.counts)
+
+    def heads(self) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """
+        Walk the heads, each without padding.
+
+        Yields
+        ------
+        tuple of (int, int, torch.Tensor, torch.Tensor, torch.Tensor)
+            Batch row, head, and of that head the survivors, their slots and the evicted positions, int64, shape
+            ``(n,)``.
+        """
+        (bsz, num_key_value_heads, n_survivors), n_evicted = self.survivors.shape, self.evicted.shape[-1]
+        for head, (n, m) in enumerate(self.counts or ((n_survivors, n_evicted),) * (bsz * num_key_value_heads)):
+            b, h = divmod(head, num_key_value_heads)
+            yield b, h, self.survivors[b, h, :n], self.slots[b, h, :n], self.evicted[b, h, :m]
 
     def of_row(self, row: int) -> Eviction:
         """
@@ -126,10 +130,9 @@ class Eviction:
             Number of positions before the eviction.
         """
         n_kept = positions.shape[-1]
-        is_evicted = _one(positions.device).expand(*positions.shape[:2], k_len).scatter(-1, positions, 0)
+        is_evicted = positions.new_ones(*positions.shape[:2], k_len, dtype=torch.uint8).scatter_(-1, positions, 0)
         order = is_evicted.sort(dim=-1, stable=True).indices
-        survivors, evicted = order[..., :n_kept], order[..., n_kept:]
-        return cls(survivors, positions.sort(dim=-1).indices, evicted, k_len, joined=(survivors, evicted, order))
+        return cls(order[..., :n_kept], positions.argsort(dim=-1), order[..., n_kept:], k_len)
 
     @classmethod
     def from_masks(
@@ -159,11 +162,6 @@ class Eviction:
         slots = survivors if slot_of is None else slot_of.gather(-1, survivors)
         is_even = all(count == (max_survivors, max_evicted) for count in counts)
         return cls(survivors, slots, evicted, k_len, None if is_even else counts)
-
-
-@lru_cache
-def _one(device: torch.device) -> torch.Tensor:
-    return torch.ones((), dtype=torch.uint8, device=device)
 
 
 def masked_positions(

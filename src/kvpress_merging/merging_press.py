@@ -51,8 +51,8 @@ class MergingPress(MergeOnEvictPress):
         Memory budget of the search for the most similar survivor, in bytes per tile of similarities.
     kernel : str, keyword-only, default="auto"
         Which implementation searches: ``"torch"``; ``"triton"``, a fused kernel for GPUs (a ``ValueError`` at the
-        first eviction where it cannot run); or ``"auto"``, which takes the second on CUDA where Triton is installed and
-        a small trial, made once, agrees with the first.
+        first eviction where it cannot run); or ``"auto"``, which is the first, until the second has been measured on a
+        GPU.
     record_pairs : bool, keyword-only, default=False
         Keep, on the device, which evicted position went to which survivor, for ``report.merges`` and ``report.plot``:
         16 bytes per evicted position and KV head of each layer, until its next prefill.
@@ -122,9 +122,8 @@ class MergingPress(MergeOnEvictPress):
         if self.merge_keys and eviction.keys_rewritten:
             raise rotated_keys_error(self.press)
         blend = self._blend(keys, values, kept_keys, kept_values, eviction)
-        similarity = blend.similarity if self.record_pairs else blend.found.cosine
         self.report.record_merges(
-            layer_index(module), eviction, similarity, blend.weight, blend.target, keep_pairs=self.record_pairs
+            layer_index(module), eviction, blend.similarity, blend.weight, blend.target, keep_pairs=self.record_pairs
         )
         return blend.keys, blend.values
 

@@ -27,14 +27,20 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 TENSOR_CORE_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 KEYS = ("queries", "survivors")
-POINTERS = {"inverse_norms": "fp32", "counts": "i32", "best": "fp32", "index": "i32"}
+POINTERS = {"scales": "fp32", "counts": "i32", "best": "fp32", "index": "i32"}
 
 
 def compile_one(capability: int, dtype: torch.dtype, head_dim: int) -> dict:
     """Registers, spilled bytes, shared memory and tensor-core instructions of one variant."""
     options = launch_options(dtype, head_dim)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {**options, "HEAD_DIM": head_dim, "HAS_INVERSE_NORMS": dtype != torch.float32, "AS_FLOAT32": False}
+    constants = {
+        **options,
+        "HEAD_DIM": head_dim,
+        "N_CHANNELS": head_dim + 8,
+        "HAS_SCALES": dtype != torch.float32,
+        "AS_FLOAT32": False,
+    }
     names = first_best_kernel.arg_names
     signature = {**dict.fromkeys(names, "i32"), **dict.fromkeys(constants, "constexpr")}
     pointers = {**dict.fromkeys(KEYS, DTYPES[dtype]), **POINTERS}

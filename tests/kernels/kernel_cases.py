@@ -121,6 +121,20 @@ def put_special_row(rows: torch.Tensor, b: int, h: int, position: int, name: str
         row.fill_(float(name))
 
 
+def exact_keys(n_keys: int, head_dim: int, generator: torch.Generator) -> torch.Tensor:
+    """
+    Keys of 16 numbers (of one, if ``head_dim`` is less than 16) that are not 0, each a power of 4 or its negative.
+
+    Their norms are powers of 4 and their cosines multiples of 1/16, in all dtypes and in whatever order they are added
+    up. Returns float32, shape ``(n_keys, head_dim)``.
+    """
+    n_numbers = 16 if head_dim >= 16 else 1
+    place = torch.rand(n_keys, head_dim, generator=generator).topk(n_numbers, dim=-1).indices
+    signs = torch.randint(2, (n_keys, n_numbers), generator=generator) * 2.0 - 1
+    lengths = 4.0 ** torch.randint(-3, 4, (n_keys, 1), generator=generator)
+    return torch.zeros(n_keys, head_dim).scatter_(1, place, signs * lengths)
+
+
 @st.composite
 def layers(draw: st.DrawFn) -> Layer:
     """Small layers of every kind, with repeated keys and with rows that float arithmetic stumbles over."""

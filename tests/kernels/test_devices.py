@@ -35,7 +35,7 @@ def nothing_read_back(device: torch.device) -> Iterator[None]:
 
 def on(layer: Layer, device: torch.device) -> Layer:
     lists = {name: getattr(layer.eviction, name).to(device) for name in ("survivors", "slots", "evicted")}
-    eviction: Eviction = replace(layer.eviction, **lists, joined=None)
+    eviction: Eviction = replace(layer.eviction, **lists)
     tensors = (layer.keys, layer.values, layer.kept_keys, layer.kept_values)
     return Layer(*(tensor.to(device) for tensor in tensors), eviction)
 
@@ -49,7 +49,7 @@ def test_blending_stays_on_its_device_and_waits_for_nothing(device, kind, dtype)
     def blend(layer: Layer):
         return cosine_blend(layer.keys, layer.values, layer.kept_keys, layer.kept_values, layer.eviction)
 
-    blend(there)  # what is made once, and the trial of the Triton kernel
+    blend(there)  # what is made once
     with nothing_read_back(device):
         result = blend(there)
     for tensor in (result.values, result.weight, result.similarity, result.target, result.is_merged):

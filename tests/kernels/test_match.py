@@ -149,16 +149,26 @@ def test_any_layer_leaves_finite_heads_finite_and_unfitted_heads_as_they_were(la
 
 
 def oracle(
-    layer: Layer, queries: list, b: int, h: int, survivors: list[int], evicted: list[int]
+    layer: Layer,
+    queries: list,
+    b: int,
+    h: int,
+    survivors: list[int],
+    evicted: list[int],
+    softcap: float | None = None,
+    sinks: list[float] | None = None,
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Mean keys and values of one head, if all evicted positions are near all survivors, in loops of Python floats."""
     keys, values = layer.keys[b, h].double().tolist(), layer.values[b, h].double().tolist()
     head_dim, n_queries, channels = len(keys[0]), len(queries), range(len(values[0]))
     share = dict.fromkeys(survivors + evicted, 0.0)
     errors = []
-    for query in queries:
-        weight = {j: math.exp(math.fsum(x * y for x, y in zip(query, keys[j]))) for j in share}
-        total = math.fsum(weight.values())
+    for r, query in enumerate(queries):
+        logits = {j: math.fsum(x * y for x, y in zip(query, keys[j])) for j in share}
+        if softcap is not None:
+            logits = {j: softcap * math.tanh(logit / softcap) for j, logit in logits.items()}
+        weight = {j: math.exp(logit) for j, logit in logits.items()}
+        total = math.fsum(weight.values()) + (0 if sinks is None else math.exp(sinks[r]))
         for j in share:
             share[j] += weight[j] / total / n_queries
         lost = [math.fsum(weight[i] / total * values[i][d] for i in evicted) for d in channels]
@@ -231,10 +241,8 @@ def test_of_survivors_with_equal_keys_the_one_with_the_likest_value_takes_it():
 
 def test_a_query_that_lost_nothing_weighs_half_of_the_mean_and_the_rest_by_what_they_lost():
     residual = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [0.0, 5.0], [1.0, 1.0]]])
-    torch.testing.assert_close(
-        query_weights(residual), 0.5 + 0.5 * torch.tensor([[0.0, 25.0, 25.0, 2.0]])[..., None] / 13
-    )
-    assert query_weights(torch.zeros(2, 3, 4)).eq(0.5).all()
+    torch.testing.assert_close(query_weights(residual.norm(dim=2)), 0.5 + torch.tensor([[0.0, 25.0, 25.0, 2.0]]) / 26)
+    assert query_weights(torch.zeros(2, 3)).eq(0.5).all()
 
 
 @pytest.mark.parametrize("n_kept", [8, 20, 32])
@@ -435,7 +443,7 @@ def test_blocks_of_heads_do_not_change_the_result(heads_per_block, monkeypatch):
     layer = redundant_layer(1, 5, 60, 20)
     queries = queries_for(layer, 9)
     expected = run(layer, queries)
-    monkeypatch.setattr(match_module, "block_bytes", lambda device: 4 * 60 * 9 * heads_per_block)
+    monkeypatch.setattr(rows_module, "_CPU_BLOCK_BYTES", 4 * 16 * (60 + 2 * 20) * heads_per_block)
     match = run(layer, queries)
     torch.testing.assert_close(match.keys, expected.keys)
     torch.testing.assert_close(match.values, expected.values)
@@ -499,3 +507,108 @@ def test_arithmetic_stays_in_float32_under_autocast():
         result = run(layer, queries)
     assert torch.equal(result.keys, expected.keys)
     assert torch.equal(result.values, expected.values)
+
+
+# Caps on logits, and sinks.
+
+CAPS_AND_SINKS = [(None, True), (3.0, False), (0.7, False), (1.5, True)]
+
+
+def cap_and_sinks(softcap: float | None, has_sinks: bool, queries: torch.Tensor) -> dict:
+    return {"softcap": softcap, "sinks": 2 + random_rows(*queries.shape[:3], seed=30) if has_sinks else None}
+
+
+@pytest.mark.usefixtures("whatever_its_error")
+@pytest.mark.parametrize("kind", ["shrunk", "masked", "ragged"])
+@pytest.mark.parametrize(("softcap", "has_sinks"), CAPS_AND_SINKS)
+@pytest.mark.parametrize("keys_rewritten", [False, True])
+def test_with_a_cap_and_sinks_it_gives_what_its_naive_form_gives(kind, softcap, has_sinks, keys_rewritten):
+    layer = redundant_layer(2, 3, 90, 40, kind=kind)
+    layer.eviction = Eviction(**vars(layer.eviction) | {"keys_rewritten": keys_rewritten})
+    queries = 3 * queries_for(layer, 13)
+    options = cap_and_sinks(softcap, has_sinks, queries)
+    match, expected = (run(layer, queries, kernel, **options) for kernel in (attention_match, naive_attention_match))
+    assert match.is_fitted.all()
+    assert_same(match, expected, torch.float32)
+    assert not torch.allclose(match.keys, run(layer, queries).keys, atol=1e-3)
+
+
+@pytest.mark.usefixtures("whatever_its_error")
+@pytest.mark.parametrize("kind", ["shrunk", "ragged"])
+@pytest.mark.parametrize(("softcap", "has_sinks"), CAPS_AND_SINKS)
+def test_with_a_cap_and_sinks_means_are_those_that_loops_in_float64_give(kind, softcap, has_sinks):
+    layer = redundant_layer(1, 2, 24, 9, kind=kind)
+    queries = queries_for(layer, 5)
+    options = cap_and_sinks(softcap, has_sinks, queries)
+    match = run(layer, queries, **options)
+    unreached = torch.linalg.qr(queries.transpose(2, 3), mode="complete").Q[..., 5:]
+    for b, h, survivors, slots, evicted in heads_of(layer.eviction):
+        sinks = options["sinks"][b, h].tolist() if has_sinks else None
+        means = oracle(layer, queries[b, h].tolist(), b, h, survivors, evicted, softcap, sinks)
+        mean_keys, mean_values = map(torch.tensor, means)
+        torch.testing.assert_close(match.values[b, h, slots], mean_values, rtol=1e-4, atol=1e-5)
+        unshifted = match.keys[b, h, slots] @ unreached[b, h]
+        torch.testing.assert_close(unshifted, mean_keys @ unreached[b, h], rtol=1e-4, atol=1e-4)
+
+
+def attention_of_layer(queries, keys, values, softcap, sinks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and attention mass, as Gemma 2 caps its logits and as gpt-oss has sinks, in float64."""
+    logits = (queries @ keys.mT).double()
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    sinks = torch.full_like(logits[..., :1], -math.inf) if sinks is None else sinks[..., None].double()
+    mass = torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+    return mass @ values.double(), mass.sum(dim=-1)
+
+
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(6.0, False), (None, True), (6.0, True)])
+def test_with_a_cap_and_sinks_attention_is_matched_as_the_layer_attends(softcap, has_sinks):
+    layer = redundant_layer(2, 4, 60, 30)
+    queries = random_rows(2, 4, 1, 8, seed=8) + 0.3 * random_rows(2, 4, 64, 8, seed=20)
+    options = cap_and_sinks(softcap, has_sinks, queries)
+    fitted, unaware = run(layer, queries, **options), run(layer, queries)
+    full = attention_of_layer(queries, layer.keys, layer.values, **options)
+
+    def errors(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        output, mass = attention_of_layer(queries, keys, values, **options)
+        of_output = (output - full[0]).square().sum(dim=(-1, -2)) / full[0].square().sum(dim=(-1, -2))
+        return (of_output + (mass - full[1]).square().mean(dim=-1)).mean()
+
+    assert errors(fitted.keys, fitted.values) < 0.1 * errors(layer.kept_keys, layer.kept_values)
+    if softcap is not None:
+        assert errors(fitted.keys, fitted.values) < 0.6 * errors(unaware.keys, unaware.values)
+
+
+def test_losing_what_only_the_sink_looks_past_costs_what_it_is_worth():
+    """The mass that a sink takes is neither lost nor to be made good for."""
+    layer = redundant_layer(1, 2, 40, 20)
+    queries = queries_for(layer, 9)
+    sinks = torch.full((1, 2, 9), 30.0)  # all but everything
+    match = run(layer, queries, sinks=sinks)
+    assert (match.output_norm < 1e-8).all()
+    assert (match.error_before < 2).all()
+    none = run(layer, queries, sinks=torch.full((1, 2, 9), -math.inf))
+    assert_same(none, run(layer, queries), torch.float32)
+
+
+@pytest.mark.usefixtures("whatever_its_error")
+def test_a_cap_far_above_all_logits_changes_nothing():
+    layer = redundant_layer(1, 2)
+    queries = queries_for(layer, 9)
+    assert_same(run(layer, queries, softcap=1e4), run(layer, queries), torch.float32)
+
+
+@pytest.mark.usefixtures("whatever_its_error")
+def test_logits_at_their_cap_ask_no_key_for_more_than_it_can_give():
+    layer = redundant_layer(1, 2)
+    queries = 40 * queries_for(layer, 9)
+    match = run(layer, queries, softcap=0.5)
+    assert match.keys.isfinite().all()
+    assert (match.keys.abs() < 10 * layer.keys.abs().amax()).all()
+
+
+def test_with_a_cap_and_sinks_it_runs_on_meta_tensors():
+    keys = torch.empty(1, 2, 300, 16, device="meta")
+    kept = torch.empty(1, 2, 150, dtype=torch.int64, device="meta")
+    layer = Layer(keys, keys, keys[:, :, :150], keys[:, :, :150], Eviction.from_kept(kept, 300))
+    match = run(layer, torch.empty(1, 2, 9, 16, device="meta"), softcap=5.0, sinks=torch.empty(1, 2, 9, device="meta"))
+    assert match.keys.device.type == "meta"

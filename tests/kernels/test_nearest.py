@@ -23,8 +23,9 @@ from kernel_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels.nearest import naive_nearest_survivors, nearest_survivors
-from kvpress_merging.kernels.tiles import first_max, tile_shape
+from kvpress_merging.kernels import nearest as nearest_module
+from kvpress_merging.kernels import rows as rows_module
+from kvpress_merging.kernels.nearest import naive_nearest_survivors, nearest_survivors, tile_columns
 
 
 def search(layer: Layer, **options) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,16 +58,15 @@ def test_survivors_do_not_depend_on_the_tile(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", ["shrunk", "masked", "ragged"])
-def test_survivors_do_not_depend_on_how_many_cores_share_a_head(kind, monkeypatch):
-    layer = random_layer(1, 2, 400, 210, head_dim=40, kind=kind)
-    layer.keys[:, :, ::3] = layer.keys[:, :, :1]  # of equals in several groups, the first counts
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    on_one = search(layer)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    on_many = search(layer)
-    assert_nearest(layer, *on_many)
-    for one, many in zip(on_one, on_many):
-        assert torch.equal(one, many)
+@pytest.mark.parametrize("n_bytes", [1, 100_000, 10**9])
+def test_survivors_do_not_depend_on_what_a_cpu_works_on_at_once(kind, n_bytes, monkeypatch):
+    layer = random_layer(2, 3, 170, 75, head_dim=40, kind=kind)
+    layer.keys[:, :, ::3] = layer.keys[:, :, :1]
+    expected = search(layer)
+    monkeypatch.setattr(rows_module, "_CPU_BLOCK_BYTES", n_bytes)
+    monkeypatch.setattr(nearest_module, "_CPU_TILE_BYTES", n_bytes)
+    for ours, theirs in zip(search(layer), expected):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("n_survivors", [1, 2, 3, 7, 9, 15, 16, 17, 33, 63, 65, 129, 200])
@@ -110,19 +110,6 @@ def test_survivor_at_the_lowest_position_wins_though_it_stands_in_a_later_slot()
     _, target = search(layer)
     assert layer.eviction.survivors[0, 0, int(target)] == 1
     assert layer.eviction.slots[0, 0, int(target)] == 1
-
-
-@pytest.mark.parametrize("n_rows", [1, 2, 15, 16, 63, 64, 65, 100, 128, 129, 1000])
-def test_reduction_keeps_the_first_of_equal_maxima(n_rows):
-    generator = torch.Generator().manual_seed(n_rows)
-    tile = torch.randint(0, 4, (3, n_rows, 16), generator=generator).float() - 2
-    for rows_per_group in (64, n_rows):
-        best, row = first_max(tile, rows_per_group)
-        best, group = best.max(dim=1)
-        row = row.gather(1, group[:, None])[:, 0]
-        assert torch.equal(best, tile.amax(dim=1))
-        is_best = tile == tile.amax(dim=1, keepdim=True)
-        assert torch.equal(row, is_best.to(torch.uint8).argmax(dim=1))
 
 
 def test_zero_key_has_cosine_0_with_everything():
@@ -261,7 +248,7 @@ def test_nothing_larger_than_a_tile_or_the_keys_of_one_head_is_held(kind):
     if kind == "ragged":
         counts = ((layer.eviction.survivors.shape[-1] - 1, layer.eviction.evicted.shape[-1] - 1),)
         layer.eviction = replace(layer.eviction, counts=counts)
-    float32_keys_of_one_head = 2048 * 16 * 4
+    float32_keys_of_one_head = (2048 + 1) * 24 * 4  # nowhere among them, and what stands behind each key
     with LargestTensor() as largest:
         nearest_survivors(layer.keys, torch.ones(1, 1, 2048, dtype=torch.bool), layer.eviction, tile_bytes=100_000)
     assert largest.n_bytes <= float32_keys_of_one_head < 900 * 900 * 4
@@ -331,20 +318,18 @@ def test_names_of_special_rows_cover_what_float_arithmetic_stumbles_over():
 
 
 @pytest.mark.parametrize(
-    ("n_survivors", "n_evicted", "tile_bytes", "shape"),
+    ("n_survivors", "tile_bytes", "device", "n_columns"),
     [
-        (17, 47, 10**9, (2730, 32, 48)),  # no more than there is, in whole groups of 16; several heads where they fit
-        (16, 48, 10**9, (5461, 16, 48)),
-        (1, 1, 1, (1, 16, 16)),  # never less than one group
-        (10_000, 10_000, 64 * 2**20, (1, 2896, 1440)),  # twice as many survivors as evicted, 16 MiB on a CPU
-        (10_000, 10_000, 2**20, (1, 720, 352)),
-        (10_000, 20, 2**20, (11, 720, 32)),
+        (1, 1, "cpu", 16),  # never less than one group
+        (17, 4 * 32 * 48, "cpu", 48),  # beside whole groups of survivors
+        (17, 4 * 32 * 48 - 1, "cpu", 32),
+        (2**14, 64 * 2**20, "cpu", 64),  # 4 MiB of a head on a CPU
+        (2**14, 2**20, "cpu", 16),
+        (2**14, 64 * 2**20, "cuda", 1024),
     ],
 )
-def test_a_tile_is_as_large_as_allowed_and_no_larger_than_needed(n_survivors, n_evicted, tile_bytes, shape):
-    device = torch.device("cpu")
-    assert tile_shape(n_survivors, n_evicted, device, tile_bytes) == shape
-    assert shape[0] * shape[1] * shape[2] * 4 <= max(tile_bytes, 16 * 16 * 4)
+def test_a_tile_has_as_many_columns_as_are_allowed(n_survivors, tile_bytes, device, n_columns):
+    assert tile_columns(n_survivors, torch.device(device), tile_bytes) == n_columns
 
 
 def test_the_only_survivor_of_a_layer_is_found():

@@ -8,19 +8,26 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
-from kernel_cases import Layer, assert_nearest, evict, layers, masked, put_special_row, random_layer
+from kernel_cases import (
+    Layer,
+    assert_nearest,
+    evict,
+    exact_keys,
+    layers,
+    masked,
+    put_special_row,
+    random_layer,
+)
 
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels import nearest as nearest_module
-from kvpress_merging.kernels import products, trial
+from kvpress_merging.kernels import products, rows
 from kvpress_merging.kernels.blend import cosine_blend
 from kvpress_merging.kernels.nearest import naive_nearest_survivors, nearest_survivors
 
@@ -102,7 +109,7 @@ def test_kernel_finds_what_the_naive_form_finds(k_len, n_kept, kind, dtype, head
 @interpreted
 def test_ties_go_to_the_lowest_survivor(kind, dtype, head_dim):
     """Cosines of these keys are multiples of 1/16 in whatever order they are added up: most tie with others."""
-    keys = trial.exact_keys(2 * 171, head_dim, torch.Generator().manual_seed(head_dim))
+    keys = exact_keys(2 * 171, head_dim, torch.Generator().manual_seed(head_dim))
     keys = keys.view(1, 2, 171, head_dim).to(dtype)
     layer = evict(keys, keys, 130, kind, seed=3)
     similarity, target = search(layer)
@@ -125,16 +132,25 @@ def test_ragged_heads_are_searched_up_to_their_own_counts():
 
 
 @interpreted
-def test_search_in_blocks_of_heads_finds_the_same():
+def test_search_in_blocks_of_heads_finds_the_same(monkeypatch):
     layer = random_layer(2, 3, 150, 60, head_dim=64, kind="ragged", dtype=torch.bfloat16)
-    for ours, expected in zip(search(layer, tile_bytes=1), search(layer)):
-        assert torch.equal(ours, expected)
+    expected = search(layer)
+    monkeypatch.setattr(rows, "_CPU_BLOCK_BYTES", 1)
+    for ours, together in zip(search(layer), expected):
+        assert torch.equal(ours, together)
+
+
+def test_auto_is_torch_until_triton_has_been_measured():
+    layer = random_layer(1, 1, 60, 20, head_dim=64)
+    with mock.patch.object(nearest_triton, "search", wraps=nearest_triton.search) as searched:
+        nearest_survivors(layer.keys, torch.ones(1, 1, 60, dtype=torch.bool), layer.eviction, kernel="auto")
+    assert not searched.called
 
 
 @interpreted
 def test_cosine_does_not_depend_on_the_length_of_a_key():
     """Lengths over the whole range of bfloat16: unscaled products would reach 2^254 and 2^-266."""
-    plain = trial.exact_keys(266, 64, torch.Generator().manual_seed(0))
+    plain = exact_keys(266, 64, torch.Generator().manual_seed(0))
     exponents = torch.arange(-133, 133).clamp(max=127)
     keys = (plain.sign().double() * 2.0 ** exponents[:, None].double()).bfloat16()[None, None]
     assert keys.isfinite().all()
@@ -149,81 +165,12 @@ def test_cosine_does_not_depend_on_the_length_of_a_key():
 def test_blend_takes_the_kernel_that_is_named():
     layer = random_layer(1, 2, 120, 50, head_dim=64, dtype=torch.bfloat16)
     arguments = (layer.keys, layer.values, layer.kept_keys, layer.kept_values, layer.eviction)
-    with mock.patch.object(nearest_triton, "first_best", wraps=nearest_triton.first_best) as launched:
+    with mock.patch.object(nearest_triton, "search", wraps=nearest_triton.search) as launched:
         by_torch = cosine_blend(*arguments, kernel="torch")
         assert not launched.called
         by_triton = cosine_blend(*arguments, kernel="triton")
         assert launched.called
     torch.testing.assert_close(by_triton.values, by_torch.values)
-
-
-# "auto"
-
-
-@pytest.mark.parametrize("head_dim", [5, *HEAD_DIMS])
-@pytest.mark.parametrize("dtype", DTYPES)
-@interpreted
-def test_trial_passes_where_the_kernel_is_right(dtype, head_dim):
-    assert trial.trial(torch.device("cpu"), dtype, head_dim, nearest_survivors) is None
-
-
-def run_out_of_shared_memory(best, index):
-    raise RuntimeError("out of shared memory")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda best, index: (best * 1.0001, index), "its cosines differ from torch's"),
-        (lambda best, index: (best, (index + 1) % 130), "it finds other survivors than torch"),
-        (run_out_of_shared_memory, "RuntimeError: out of shared memory"),
-    ],
-)
-@interpreted
-def test_kernel_that_fails_its_trial_does_not_serve_and_is_named_once(monkeypatch, spoil, message):
-    first_best = nearest_triton.first_best
-    monkeypatch.setattr(nearest_triton, "first_best", lambda *arguments: spoil(*first_best(*arguments)))
-    monkeypatch.setattr(trial, "_served", {})
-    with pytest.warns(RuntimeWarning, match=message) as warned:
-        assert not trial.serves(torch.device("cpu"), torch.bfloat16, 64, nearest_survivors)
-    assert [warning.category for warning in warned].count(RuntimeWarning) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not trial.serves(torch.device("cpu"), torch.bfloat16, 64, nearest_survivors)
-
-
-def test_trial_is_made_once_for_each_device_dtype_and_head_dim(monkeypatch):
-    monkeypatch.setattr(trial, "_served", {})
-    with mock.patch.object(trial, "trial", return_value=None) as tried:
-        for _ in range(3):
-            for dtype in DTYPES:
-                assert trial.serves(torch.device("cpu"), dtype, 64, nearest_survivors)
-        assert trial.serves(torch.device("cpu"), torch.float32, 128, nearest_survivors)
-    assert tried.call_count == 4
-
-
-@pytest.mark.parametrize("serves", [True, False])
-@interpreted
-def test_auto_takes_the_kernel_where_it_serves(monkeypatch, serves):
-    monkeypatch.setattr(nearest_module, "takes_triton", lambda keys: serves)
-    layer = random_layer(1, 1, 60, 20, head_dim=64)
-    with mock.patch.object(nearest_triton, "search", wraps=nearest_triton.search) as searched:
-        nearest_survivors(layer.keys, torch.ones(1, 1, 60, dtype=torch.bool), layer.eviction)
-    assert searched.called == serves
-
-
-def test_auto_asks_on_a_gpu_alone_and_of_these_very_keys_whether_the_kernel_serves(monkeypatch):
-    def keys_on(device: torch.device) -> SimpleNamespace:
-        return SimpleNamespace(device=device, dtype=torch.bfloat16, shape=(1, 2, 30, 64))
-
-    gpu = torch.device("cuda", 1)
-    with mock.patch.object(nearest_module, "serves") as serves:
-        assert nearest_module.takes_triton(keys_on(gpu)) is serves.return_value
-        serves.assert_called_once_with(gpu, torch.bfloat16, 64, nearest_survivors)
-        assert not nearest_module.takes_triton(keys_on(torch.device("cpu")))
-        monkeypatch.setattr(nearest_module, "find_spec", lambda name: None)
-        assert not nearest_module.takes_triton(keys_on(gpu))
-    assert serves.call_count == 1
 
 
 # Where it cannot run

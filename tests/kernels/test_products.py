@@ -15,9 +15,10 @@ from kernel_cases import TILE_BYTES, assert_nearest, layers, masked, random_laye
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels import products, tiles
+from kvpress_merging.kernels import match_heads, nearest, products
+from kvpress_merging.kernels.match import attention_match
 from kvpress_merging.kernels.nearest import nearest_survivors
-from kvpress_merging.kernels.products import ScaledKeys, full_precision
+from kvpress_merging.kernels.products import full_precision, multiply, scaled_keys
 from kvpress_merging.kernels.rows import row_norms
 
 SIXTEEN_BITS = [torch.float16, torch.bfloat16]
@@ -76,45 +77,51 @@ def test_keys_of_every_length_that_the_dtype_has_give_the_same_cosines(dtype):
     torch.testing.assert_close(scaled[0], plain[0], rtol=0, atol=1e-6)
 
 
-def test_bfloat16_rows_are_multiplied_by_powers_of_two_into_a_safe_range():
-    keys = random_rows(1, 1, 260, 48, seed=2) * 2.0 ** torch.arange(-133.0, 127).double()[:, None]
+def test_bfloat16_keys_are_multiplied_by_powers_of_two_into_a_safe_range():
+    keys = random_rows(1, 260, 48, seed=2) * 2.0 ** torch.arange(-133.0, 127).double()[:, None]
     keys = keys.clamp(-3e38, 3e38).bfloat16()
     with keys_as_on_cuda():
-        scaled = ScaledKeys.of(keys[0], row_norms(keys)[0])
-    mantissa, _ = torch.frexp(scaled.factor.float())
-    assert (mantissa == 0.5).all()
-    rows = scaled.rows(torch.arange(260)[None])
+        rows, scale = scaled_keys(keys, row_norms(keys))
     assert rows.dtype == torch.bfloat16
-    norms = rows.double().norm(dim=-1)
+    rows, scale = rows[0, :260, :48].double(), scale[0, :260]
+    norms = rows.norm(dim=-1)
     assert (norms >= 1 / 128).all()
     assert (norms <= 64).all()
-    units = norms * scaled.inverse_norm
-    torch.testing.assert_close(units, torch.ones_like(units), rtol=1e-6, atol=0)
-    exact = keys[0].double() * scaled.factor.double()[..., None]
-    torch.testing.assert_close(rows.double(), exact, rtol=0, atol=2.0**-134)
+    torch.testing.assert_close(norms * scale, torch.ones_like(norms), rtol=1e-6, atol=0)
+    power = 2.0 ** (rows.abs().amax(dim=-1) / keys[0].double().abs().amax(dim=-1)).log2().round()
+    torch.testing.assert_close(rows, keys[0].double() * power[:, None], rtol=0, atol=2.0**-134)
 
 
-def test_norms_are_taken_of_blocks_since_a_float64_copy_is_made_of_each():
-    with mock.patch.object(torch.linalg, "vector_norm", wraps=torch.linalg.vector_norm) as vector_norm:
-        row_norms(torch.zeros(1, 3, 9000, 128, dtype=torch.bfloat16))
-    assert max(8 * call.args[0].numel() for call in vector_norm.call_args_list) <= 4 * 2**20
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BITS])
+@pytest.mark.parametrize("head_dim", [5, 6, 8, 16, 20])
+def test_behind_each_key_stand_its_bias_and_a_one_and_nowhere_is_zeros_behind_the_last(dtype, head_dim):
+    keys = random_rows(2, 7, head_dim, seed=0, dtype=dtype)
+    keys[1, 3] = 0
+    with keys_as_on_cuda():
+        rows, _ = scaled_keys(keys, row_norms(keys))
+    assert rows.dtype == dtype
+    assert rows.shape[:2] == (2, 8)
+    assert rows.shape[2] % 8 == 0
+    assert not rows[:, 7, :head_dim].any()
+    assert not rows[1, 3, : head_dim + 1].any()
+    assert (rows[:, :7, head_dim] == 0).all()
+    assert (rows[:, 7, head_dim] == -torch.inf).all()
+    assert (rows[..., head_dim + 1] == 1).all()
+    assert not rows[..., head_dim + 2 :].any()
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 9000, 128), (2, 3, 40, 16), (1, 2, 0, 8), (0, 2, 5, 8)])
+@pytest.mark.parametrize("shape", [(3, 9000, 128), (6, 40, 16), (2, 0, 8), (0, 5, 8)])
 def test_norms_are_those_of_each_row(shape):
     rows = random_rows(*shape, seed=0)
     assert torch.equal(row_norms(rows), rows.double().norm(dim=-1))
 
 
-def test_zero_and_infinite_keys_leave_the_factors_of_others_alone():
-    keys = torch.ones(1, 1, 4, 16, dtype=torch.bfloat16)
-    keys[0, 0, 1], keys[0, 0, 2] = 0, torch.inf
-    with keys_as_on_cuda():
-        scaled = ScaledKeys.of(keys[0], row_norms(keys)[0])
-    rows = scaled.rows(torch.arange(4)[None])[0]
-    assert (rows[1] == 0).all()
-    assert torch.equal(rows[0], rows[3])
-    assert scaled.inverse_norm[0, [0, 1, 3]].isfinite().all()
+def test_where_pytorch_writes_no_float32_16_bits_are_multiplied_as_float32(monkeypatch):
+    """As in versions of PyTorch that have no ``out_dtype``."""
+    monkeypatch.setattr(products, "_writes_float32", lambda device_type: False)
+    rows, columns = (random_rows(2, 5, 8, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+    assert torch.equal(multiply(rows, columns.mT), rows.float() @ columns.float().mT)
+    assert multiply(rows.to("meta"), columns.to("meta").mT).dtype == torch.float32
 
 
 class Operations(TorchDispatchMode):
@@ -127,7 +134,11 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.names.add(str(func))
-        if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.shape[-1:] == (self.head_dim,):
+        if (
+            isinstance(out, torch.Tensor)
+            and out.dtype == torch.float32
+            and out.shape[-1:] in ((self.head_dim,), (self.head_dim + 8,))
+        ):
             self.has_float32_keys = True
         return out
 
@@ -157,6 +168,19 @@ def float32_settings() -> tuple:
     return *precisions, getattr(cuda, "allow_fp16_accumulation", None), older
 
 
+def blend_somewhere(watch):
+    with mock.patch.object(nearest, "multiply", watch(nearest.multiply)):
+        search(random_layer(1, 1, 50, 20))
+
+
+def match_somewhere(watch):
+    layer = random_layer(1, 1, 50, 20)
+    queries = random_rows(1, 1, 7, 8, seed=1)
+    with mock.patch.object(match_heads, "nearest_nearby", watch(match_heads.nearest_nearby)):
+        tensors = (layer.keys, layer.values, layer.kept_keys, layer.kept_values)
+        attention_match(*tensors, queries, queries, layer.eviction, key_ridge=0.1)
+
+
 def set_cuda_by_the_older_name():
     torch.backends.cuda.matmul.allow_tf32 = True
 
@@ -184,27 +208,32 @@ def set_float16_sums():
         set_float16_sums,
     ],
 )
-def test_what_the_user_allows_for_products_elsewhere_is_off_during_the_search_and_on_again_after_it(allow_fewer_bits):
+@pytest.mark.parametrize("kernel", [blend_somewhere, match_somewhere])
+def test_what_the_user_allows_for_products_elsewhere_is_off_during_a_kernel_and_on_again_after_it(
+    kernel, allow_fewer_bits
+):
     before = float32_settings()
     is_missing = {set_cuda: before[0] is None, set_cpu: before[1] is None, set_float16_sums: before[2] is None}
     if is_missing.get(allow_fewer_bits):
         pytest.skip(f"torch {torch.__version__} has no such switch")
     within = []
 
-    def watched(rows, columns, out):
-        # A consistent state: PyTorch refuses to multiply where its older and newer settings disagree.
-        assert not torch.backends.cuda.matmul.allow_tf32
-        within.append(float32_settings())
-        return torch.bmm(rows, columns, out=out)
+    def watch(function):
+        def watched(*arguments):
+            # A consistent state: PyTorch refuses to multiply where its older and newer settings disagree.
+            assert not torch.backends.cuda.matmul.allow_tf32
+            within.append(float32_settings())
+            return function(*arguments)
+
+        return watched
 
     try:
         allow_fewer_bits()
         allowed = float32_settings()
         assert allowed != before
-        with mock.patch.object(tiles, "products", watched):
-            search(random_layer(1, 1, 50, 20))
+        kernel(watch)
         assert float32_settings() == allowed
-        with pytest.raises(ZeroDivisionError), full_precision():
+        with pytest.raises(ZeroDivisionError), full_precision(torch.device("cpu")):
             raise ZeroDivisionError
         assert float32_settings() == allowed
     finally:
@@ -221,5 +250,16 @@ def test_what_the_user_allows_for_products_elsewhere_is_off_during_the_search_an
 
 def test_settings_that_ask_for_nothing_less_are_not_touched():
     before = float32_settings()
-    with full_precision():
+    with full_precision(torch.device("cpu")):
         assert float32_settings() == before
+
+
+def test_older_versions_of_pytorch_with_the_older_switch_alone_are_asked_by_that(monkeypatch):
+    for backend in (torch.backends.cuda, torch.backends.mkldnn):
+        monkeypatch.setattr(backend, "matmul", object())
+    set_to = []
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    with full_precision(torch.device("cpu")):
+        assert set_to == ["highest"]
+    assert set_to == ["highest", "high"]

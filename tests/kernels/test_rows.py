@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import replace
+from math import inf
 from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from kernel_cases import random_layer, random_rows
 
 from kvpress_merging.kernels import rows as rows_module
@@ -16,12 +19,14 @@ from kvpress_merging.kernels.rows import (
     DEFAULT_TILE_BYTES,
     add_rows_,
     adds_in_order,
+    alike_heads,
     block_bytes,
-    first_rows,
+    first_max,
+    flat_rows,
     gather_rows,
-    head_blocks,
+    head_slices,
+    padded_lists,
     row_norms,
-    scatter_rows,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -30,7 +35,7 @@ META = torch.device("meta")
 
 def test_a_cpu_works_on_what_its_caches_hold_and_other_devices_on_what_they_are_told():
     assert block_bytes(CUDA) == DEFAULT_TILE_BYTES == 64 * 2**20
-    assert block_bytes(CPU) == 16 * 2**20
+    assert block_bytes(CPU) == 24 * 2**20
     assert block_bytes(CPU, 1000) == block_bytes(CUDA, 1000) == 1000
 
 
@@ -40,87 +45,102 @@ def test_a_cpu_alone_adds_in_the_order_of_the_rows():
     assert not adds_in_order(META)
 
 
-def test_heads_laid_end_to_end_begin_where_the_one_before_ends():
-    assert first_rows(3, 7, CPU).tolist() == [[0], [7], [14]]
-    assert first_rows(2, 7, META).device == META
+def test_heads_are_cut_into_runs_that_fit_a_block():
+    a_third = 8 * 2**20
+    assert [(s.start, s.stop) for s in head_slices(7, a_third, CPU)] == [(0, 3), (3, 6), (6, 7)]
+    assert [(s.start, s.stop) for s in head_slices(2, 10**9, CPU)] == [(0, 1), (1, 2)]
+    assert [(s.start, s.stop) for s in head_slices(7, 0, CPU)] == [(0, 7)]
+    assert list(head_slices(0, 0, CPU)) == []
 
 
-@pytest.mark.parametrize(
-    ("heads_per_block", "blocks"), [(1, [(0, 1), (1, 2), (2, 3)]), (2, [(0, 2), (2, 3)]), (3, [(0, 3)]), (9, [(0, 3)])]
-)
-def test_even_evictions_are_walked_in_blocks_of_heads(heads_per_block, blocks):
-    eviction = random_layer(2, 3, 10, 4).eviction
-    expected = [(b, slice(*heads), 4, 6) for b in range(2) for heads in blocks]
-    assert list(head_blocks(eviction, heads_per_block)) == expected
+counts_of_heads = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=40)
 
 
-def test_ragged_evictions_are_walked_head_by_head_with_their_own_counts():
+@pytest.mark.parametrize("device", [CPU, META])
+@given(counts=counts_of_heads, most=st.sampled_from([1, 10**4, 10**5, 10**9]))
+def test_each_head_with_something_to_do_is_in_one_run_that_holds_it(device, counts, most):
+    bytes_of = lambda n, m: 4 * n * m  # noqa: E731
+    seen = []
+    for heads, n_survivors, n_evicted in alike_heads(counts, bytes_of, device, most):
+        busy = [(n, m) for n, m in counts[heads] if n and m]
+        assert (n_survivors, n_evicted) == tuple(map(max, zip(*busy)))
+        n_heads, padded = heads.stop - heads.start, (heads.stop - heads.start) * bytes_of(n_survivors, n_evicted)
+        if n_heads > 1:
+            assert padded <= most
+            assert padded <= (1.25 if device == CPU else inf) * sum(bytes_of(*sizes) for sizes in busy)
+        seen += range(heads.start, heads.stop)
+    assert len(set(seen)) == len(seen)
+    assert {head for head, (n, m) in enumerate(counts) if n and m} <= set(seen)
+
+
+def test_heads_that_are_alike_and_fit_a_block_are_one_run():
+    assert len(list(alike_heads([(100, 900)] * 5, lambda n, m: n * m, CPU))) == 1
+    assert len(list(alike_heads([(100, 900)] * 5 + [(900, 100)] * 5, lambda n, m: n * m, CPU))) == 2
+    assert len(list(alike_heads([(100, 900)] * 5 + [(900, 100)] * 5, lambda n, m: n * m, CUDA))) == 1
+
+
+def test_even_and_ragged_evictions_are_walked_head_by_head_without_padding():
+    for kind in ("shrunk", "ragged"):
+        eviction = random_layer(2, 3, 40, 12, kind=kind).eviction
+        walked = list(eviction.heads())
+        assert [(b, h) for b, h, *_ in walked] == [(b, h) for b in range(2) for h in range(3)]
+        for head, (b, h, survivors, slots, evicted) in enumerate(walked):
+            n_survivors, n_evicted = (12, 28) if kind == "shrunk" else eviction.counts[head]
+            assert len(survivors) == len(slots) == n_survivors
+            assert len(evicted) == n_evicted
+            assert survivors.equal(eviction.survivors[b, h, :n_survivors])
+            assert slots.equal(eviction.slots[b, h, :n_survivors])
+            assert evicted.equal(eviction.evicted[b, h, :n_evicted])
+
+
+def test_padding_of_lists_is_nowhere():
     eviction = random_layer(2, 3, 40, 12, kind="ragged").eviction
-    walked = list(head_blocks(eviction, 5))
-    assert [(b, heads) for b, heads, *_ in walked] == [(b, slice(h, h + 1)) for b in range(2) for h in range(3)]
-    assert tuple((n_survivors, n_evicted) for *_, n_survivors, n_evicted in walked) == eviction.counts
+    eviction = replace(eviction, slots=eviction.slots.clone())
+    survivors, evicted, slots = padded_lists(eviction, n_slots=55)
+    for head, (_, _, of_survivors, of_slots, of_evicted) in enumerate(eviction.heads()):
+        for entries, real, nowhere in ((survivors, of_survivors, 40), (evicted, of_evicted, 40), (slots, of_slots, 55)):
+            assert entries[head, : len(real)].equal(real)
+            assert (entries[head, len(real) :] == nowhere).all()
+    even = random_layer(2, 3, 40, 12).eviction
+    assert [entries.shape for entries in padded_lists(even)] == [(6, 12), (6, 28)]
+    assert padded_lists(even)[0].equal(even.survivors.flatten(0, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_gathered_by_position_from_each_head(dtype):
     rows = random_rows(3, 7, 5, seed=0, dtype=dtype)
     positions = torch.tensor([[6, 0, 0, 3], [1, 1, 1, 1], [5, 4, 3, 2]])
-    gathered = gather_rows(rows, positions)
+    flat = flat_rows(positions, 7)
+    assert flat.tolist() == [[6, 0, 0, 3], [8, 8, 8, 8], [19, 18, 17, 16]]
+    gathered = gather_rows(rows, flat)
     assert gathered.dtype == dtype
     assert torch.equal(gathered, rows.gather(1, positions[..., None].expand(-1, -1, 5)))
+    assert torch.equal(gather_rows(rows[..., 0], flat), rows[..., 0].gather(1, positions))
     view = random_rows(3, 9, 5, seed=1, dtype=dtype)[:, 1:8]
-    assert torch.equal(gather_rows(view, positions), gather_rows(view.clone(), positions))
-
-
-def test_rows_are_scattered_to_their_positions_and_others_stay():
-    rows, new = random_rows(2, 6, 3, seed=0), random_rows(2, 2, 3, seed=1)
-    before, positions = rows.clone(), torch.tensor([[4, 0], [1, 5]])
-    scatter_rows(rows, positions, new)
-    for h in range(2):
-        assert torch.equal(rows[h, positions[h]], new[h])
-        others = [position for position in range(6) if position not in positions[h]]
-        assert torch.equal(rows[h, others], before[h, others])
-
-
-def test_gathering_and_scattering_stay_on_the_rows_device():
-    rows, positions = torch.empty(2, 6, 3, device=META), torch.empty(2, 4, dtype=torch.int64, device=META)
-    assert gather_rows(rows, positions).shape == (2, 4, 3)
-    scatter_rows(rows, positions, torch.empty(2, 4, 3, device=META))
+    assert torch.equal(gather_rows(view, flat), gather_rows(view.clone(), flat))
+    assert gather_rows(rows.to(META), flat.to(META)).shape == (3, 4, 5)
 
 
 def test_norms_are_float64_of_float32_rows_and_finite_where_these_are():
-    rows = torch.tensor([[[[3.0, 4.0], [1e30, 1e30], [0.0, 0.0], [torch.inf, 1.0], [torch.nan, 1.0]]]])
+    rows = torch.tensor([[[3.0, 4.0], [1e30, 1e30], [0.0, 0.0], [torch.inf, 1.0], [torch.nan, 1.0]]])
     norms = row_norms(rows)
     assert norms.dtype == torch.float64
-    assert norms.shape == (1, 1, 5)
-    assert norms[0, 0, :3].tolist() == [5.0, pytest.approx(2**0.5 * 1e30), 0.0]
-    assert norms.isfinite().tolist() == [[[True, True, True, False, False]]]
+    assert norms.shape == (1, 5)
+    assert norms[0, :3].tolist() == [5.0, pytest.approx(2**0.5 * 1e30), 0.0]
+    assert norms.isfinite().tolist() == [[True, True, True, False, False]]
     # Beyond float32's range, where a float64 row is not finite to the kernels either.
-    assert row_norms(torch.tensor([[[[1e200]]]], dtype=torch.float64)).isinf().all()
-    assert row_norms(torch.empty(1, 2, 3, 4, dtype=torch.bfloat16, device=META)).device == META
+    assert row_norms(torch.tensor([[[1e200]]], dtype=torch.float64)).isinf().all()
+    assert row_norms(torch.empty(2, 3, 4, dtype=torch.bfloat16, device=META)).device == META
 
 
-@pytest.mark.parametrize("n_bytes", [1, 8 * 4 * 3, 8 * 4 * 10, 8 * 4 * 21, 10**9])
-def test_norms_are_the_same_whatever_is_copied_at_once(n_bytes, monkeypatch):
-    rows = random_rows(2, 3, 10, 4, seed=0)
-    monkeypatch.setattr(rows_module, "_CPU_COPY_BYTES", n_bytes)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # as of results that have to be given another shape
-        assert torch.equal(row_norms(rows), rows.double().norm(dim=-1))
-
-
-@pytest.mark.parametrize(
-    ("n_bytes", "most_rows"), [(1, 1), (8 * 4 * 3, 3), (8 * 4 * 10 - 1, 9), (8 * 4 * 10, 10), (8 * 4 * 21, 20)]
-)
-def test_norms_copy_as_many_rows_at_once_as_they_are_told_and_no_more(n_bytes, most_rows, monkeypatch):
-    monkeypatch.setattr(rows_module, "_CPU_COPY_BYTES", n_bytes)
+@pytest.mark.parametrize(("n_bytes", "most"), [(1, 6), (2 * 8 * 6 * 4 * 3, 18), (2 * 8 * 6 * 4 * 10, 60), (10**9, 60)])
+def test_norms_copy_no_more_at_once_than_half_a_block_and_are_the_same_whatever_that_is(n_bytes, most, monkeypatch):
+    rows = random_rows(6, 10, 4, seed=0)
+    monkeypatch.setattr(rows_module, "_CPU_BLOCK_BYTES", n_bytes)
     with mock.patch.object(torch.linalg, "vector_norm", wraps=torch.linalg.vector_norm) as vector_norm:
-        row_norms(random_rows(2, 3, 10, 4, seed=0))
-    blocks = [call.args[0] for call in vector_norm.call_args_list]
-    assert max(block.shape[:-1].numel() for block in blocks) == most_rows
-    with mock.patch.object(torch.linalg, "vector_norm") as vector_norm:
-        row_norms(torch.empty(2, 3, 2**20, 4, device=META))  # 32 MiB a head, of 64 that another device takes
-    assert [call.args[0].shape for call in vector_norm.call_args_list] == [(2, 2**20, 4), (1, 2**20, 4)] * 2
+        norms = row_norms(rows)
+    assert torch.equal(norms, rows.double().norm(dim=-1))
+    assert max(call.args[0].shape[:2].numel() for call in vector_norm.call_args_list) == most
 
 
 @pytest.mark.parametrize("in_order", [False, True])
@@ -129,7 +149,7 @@ def test_rows_are_added_to_what_is_there(in_order, dtype, monkeypatch):
     monkeypatch.setattr(rows_module, "adds_in_order", lambda device: in_order)
     sums = torch.tensor([[1.0], [10.0], [100.0], [torch.nan]], dtype=dtype)
     rows = torch.tensor([[1.0], [4.0], [8.0], [2.0]], dtype=dtype)
-    add_rows_(sums, torch.tensor([0, 2, 3, 0]), rows)
+    assert add_rows_(sums, torch.tensor([0, 2, 3, 0]), rows) is sums
     assert sums[:3, 0].tolist() == [4.0, 10.0, 104.0]
     assert rows.flatten().tolist() == [1.0, 4.0, 8.0, 2.0]
 
@@ -139,3 +159,14 @@ def test_where_threads_race_rows_are_added_by_an_embedding_s_gradient_which_sort
     with mock.patch.object(torch.Tensor, "index_add_") as index_add_:
         add_rows_(sums, to_row, torch.empty(3, 1, device=META))
     index_add_.assert_not_called()
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 15, 16, 63, 64, 65, 100, 128, 129, 1000])
+def test_reduction_keeps_the_first_of_equal_maxima(n_rows):
+    generator = torch.Generator().manual_seed(n_rows)
+    tile = torch.randint(0, 4, (3, n_rows, 16), generator=generator).float() - 2
+    tile[1, :, 3] = -torch.inf
+    best, row = first_max(tile)
+    assert torch.equal(best, tile.amax(dim=1))
+    is_best = tile == tile.amax(dim=1, keepdim=True)
+    assert torch.equal(row, is_best.to(torch.uint8).argmax(dim=1))

@@ -173,7 +173,7 @@ class LayerState:
         shape = (bsz, num_key_value_heads, k_len)
         is_first = self.masked is None and masks_before is None
         if is_first and not compressed.has_foreign_rows and (limit is None or limit >= k_len):
-            # In fewer steps what comes out below too.
+            # What comes out below too; but an even eviction without from_masks' read of its counts from the device.
             if masks_after is None:
                 assert positions is not None
                 return replace(Eviction.from_kept(positions, k_len), keys_rewritten=keys_rewritten)

@@ -11,23 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isfinite
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels.buckets import head_slices, is_padding, on_device
-from kvpress_merging.kernels.gates import select_merges
-from kvpress_merging.kernels.nearest import Found, find_nearest, naive_nearest_survivors
+from kvpress_merging.kernels.nearest import naive_nearest_survivors, nearest_survivors
 from kvpress_merging.kernels.rows import (
     DEFAULT_TILE_BYTES,
     add_rows_,
-    adds_in_order,
-    block_bytes,
-    first_rows,
-    head_blocks,
+    flat_rows,
+    gather_rows,
+    head_slices,
     row_norms,
-    scalar,
 )
 
 
@@ -41,27 +35,20 @@ class Blend:
     keys, values : torch.Tensor
         The survivors after the blend: order, shape, dtype and device of what the press left. The very tensor that the
         press left where nothing can have changed: the keys unless they are blended too, both if nothing was evicted.
+    similarity : torch.Tensor
+        Cosine of each evicted position with its nearest survivor, float32, shape
+        ``(bsz, num_key_value_heads, n_evicted)``; -inf where there is none.
+    target : torch.Tensor
+        Index into ``eviction.survivors`` of that survivor, int64, same shape; 0 where there is none.
     weight : torch.Tensor
-        Weight of each evicted position in the mean, float32, shape ``(bsz, num_key_value_heads, n_evicted)``; 0 where
-        it was not merged.
-    found : Found
-        The survivor that is nearest to each.
+        Weight of each evicted position in the mean, float32, same shape; 0 where it was not merged.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    similarity: torch.Tensor
+    target: torch.Tensor
     weight: torch.Tensor
-    found: Found
-
-    @property
-    def similarity(self) -> torch.Tensor:
-        """Cosine of each evicted position with its nearest survivor, float32; -inf where there is none."""
-        return self.found.similarity
-
-    @property
-    def target(self) -> torch.Tensor:
-        """Index into ``eviction.survivors`` of that survivor, int64; of no meaning where there is none."""
-        return self.found.target
 
     @property
     def is_merged(self) -> torch.Tensor:
@@ -93,9 +80,9 @@ def cosine_blend(
     ``value_norm_weighting``; then ``v'_j = (v_j + sum_i w_i v_i) / (1 + sum_i w_i)`` over the i that go to j. For one
     merge alone, ``|v_i - v'_j| = |v_i - v_j| / (1 + w_i)``.
 
-    All arithmetic is in float32. A survivor that takes nothing keeps its bits. Nothing is read back from the device.
-    The same input gives the same bits on every run: what one survivor takes is added in the order of positions (as for
-    the search, see :func:`nearest_survivors`). No gradient flows through.
+    Cosines are in float32, norms, weights, sums and means in float64. A survivor that takes nothing keeps its bits.
+    Nothing is read back from the device. The same input gives the same bits on every run: what one survivor takes is
+    added in the order of positions (as for the search, see :func:`nearest_survivors`). No gradient flows through.
 
     Parameters
     ----------
@@ -131,123 +118,102 @@ def cosine_blend(
     ValueError
         If ``tile_bytes`` is below 1, or ``kernel`` is unknown or cannot run on these tensors.
     """
-    found = find_nearest(keys, row_norms(values), eviction, tile_bytes=tile_bytes, kernel=kernel)
+    value_norm = row_norms(values.flatten(0, 1)).view(values.shape[:3])
+    similarity, target = nearest_survivors(keys, value_norm < torch.inf, eviction, tile_bytes=tile_bytes, kernel=kernel)
     if eviction.n_evicted == 0 or eviction.n_survivors == 0:
-        return Blend(kept_keys, kept_values, torch.zeros_like(found.cosine), found)
+        return Blend(kept_keys, kept_values, similarity, target, torch.zeros_like(similarity))
 
-    cosine = found.cosine
-    if merge_fraction < 1.0 or max_merge_per_token > 0:
-        is_selected = select_merges(
-            found.similarity,
-            found.target,
-            eviction.survivors.shape[-1],
-            similarity_threshold=similarity_threshold,
-            merge_fraction=merge_fraction,
-            max_merge_per_token=max_merge_per_token,
-        )
-        cosine = torch.where(is_selected, cosine, 0.0)
-    elif similarity_threshold > 0:
-        cosine = F.threshold(cosine, _before(similarity_threshold), 0.0)
-    # Not a number where both norms are 0, and where a key or value is not finite: fmax makes a 0 of it.
-    one, nothing = (scalar(number, torch.float64, keys.device) for number in (1.0, 0.0))
+    is_selected = select_merges(
+        similarity,
+        target,
+        eviction.survivors.shape[-1],
+        similarity_threshold=similarity_threshold,
+        merge_fraction=merge_fraction,
+        max_merge_per_token=max_merge_per_token,
+    )
+    share: torch.Tensor | float = 1.0
     if value_norm_weighting:
-        share = found.norm / found.norm_sum
-    else:
-        share = torch.where(found.norm_sum < torch.inf, one, nothing)
-    weight = torch.fmax(share.mul_(cosine), nothing)
+        norm = value_norm.gather(-1, eviction.evicted)
+        share = norm / (norm + value_norm.gather(-1, eviction.survivors.gather(-1, target)))
+    # No number where both norms are 0, and where one is not finite.
+    weight = (similarity.clamp(min=0.0) * share).nan_to_num_(0.0).mul_(is_selected)
 
-    slot = eviction.slots.gather(-1, found.target)
+    slot = eviction.slots.gather(-1, target)
     return Blend(
-        _weighted_means(keys, kept_keys, eviction, weight, slot, found.flat) if merge_keys else kept_keys,
-        _weighted_means(values, kept_values, eviction, weight, slot, found.flat),
+        _weighted_means(keys, kept_keys, eviction.evicted, slot, weight.double()) if merge_keys else kept_keys,
+        _weighted_means(values, kept_values, eviction.evicted, slot, weight.double()),
+        similarity,
+        target,
         weight.float(),
-        found,
     )
 
 
-def _before(threshold: float) -> float:
-    """The largest float32 below a threshold, so that what is more than it is at least the threshold."""
-    return float(np.nextafter(np.float32(threshold), np.float32(-1)))
+def select_merges(
+    similarity: torch.Tensor,
+    target: torch.Tensor,
+    n_survivors: int,
+    *,
+    similarity_threshold: float,
+    merge_fraction: float,
+    max_merge_per_token: int,
+) -> torch.Tensor:
+    """
+    The gates: which evicted positions may merge, bool, shape ``(bsz, num_key_value_heads, n_evicted)``.
+
+    Eligible are those with a finite similarity of at least ``similarity_threshold``. Of these the
+    ``round(merge_fraction * n_eligible)`` most similar of each head stay (rounded in float64, half to even), and of
+    those at most ``max_merge_per_token`` for each survivor, the most similar first. The lowest position wins each tie.
+    ``similarity`` and ``target`` are as :func:`nearest_survivors` returns them, which points to ``n_survivors``.
+    """
+    is_selected = similarity >= similarity_threshold  # never -inf
+    if merge_fraction == 1.0 and max_merge_per_token == 0:
+        return is_selected
+
+    # Adding 0 turns -0 into 0: some devices would sort the two apart.
+    sortable = similarity.masked_fill(~is_selected, -torch.inf).add_(0.0)
+    order = sortable.sort(dim=-1, descending=True, stable=True).indices
+    place = torch.arange(order.shape[-1], device=order.device)
+    if merge_fraction < 1.0:
+        n_selected = (is_selected.sum(dim=-1, keepdim=True).double() * merge_fraction).round()
+        is_selected = torch.zeros_like(is_selected).scatter_(-1, order, place < n_selected)
+    if max_merge_per_token > 0:
+        # Bring together those that go to the same survivor, the most similar first, and count from each group's start.
+        group = torch.where(is_selected, target, n_survivors).gather(-1, order)
+        group, by_group = group.sort(dim=-1, stable=True)
+        is_start = torch.ones_like(is_selected)
+        is_start[..., 1:] = group[..., 1:] != group[..., :-1]
+        start = torch.where(is_start, place, 0).cummax(dim=-1).values
+        is_within = (place - start < max_merge_per_token) & (group < n_survivors)
+        is_selected = torch.zeros_like(is_selected).scatter_(-1, order.gather(-1, by_group), is_within)
+    return is_selected
 
 
 def _weighted_means(
-    rows: torch.Tensor,
-    kept_rows: torch.Tensor,
-    eviction: Eviction,
-    weight: torch.Tensor,
-    slot: torch.Tensor,
-    flat: torch.Tensor,
+    rows: torch.Tensor, kept_rows: torch.Tensor, evicted: torch.Tensor, slot: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """
-    ``(r_j + sum w_i r_i) / (1 + sum w_i)`` in the slots j that take something, the rest untouched.
+    ``(r_j + sum w_i r_i) / (1 + sum w_i)`` in the slots j that take something, the rest untouched: new, contiguous.
 
-    In float64, where no sum of finite float32 rows overflows.
-
-    Parameters
-    ----------
-    rows : torch.Tensor
-        Keys or values before the eviction, shape ``(bsz, num_key_value_heads, k_len, head_dim)``.
-    kept_rows : torch.Tensor
-        The same after it, shape ``(bsz, num_key_value_heads, n_slots, head_dim)``.
-    eviction : Eviction
-        Which positions survived and which were evicted.
-    weight : torch.Tensor
-        ``w_i``, float64, shape ``(bsz, num_key_value_heads, n_evicted)``; those that merge nowhere have 0.
-    slot : torch.Tensor
-        The slot that each goes to, int64, same shape.
-    flat : torch.Tensor
-        Where survivors and evicted positions stand in ``rows``, see :class:`kvpress_merging.kernels.nearest.Found`.
-
-    Returns
-    -------
-    torch.Tensor
-        New contiguous tensor like ``kept_rows``.
+    In float64, where no sum of finite float32 rows overflows. ``rows`` and ``kept_rows`` are keys or values before the
+    eviction and after it; ``evicted``, ``slot`` and ``weight`` say of each evicted position where it stands, the slot
+    that it goes to, and ``w_i``, float64, 0 for those that merge nowhere.
     """
-    (n_heads, width), n_evicted, device = flat.shape, weight.shape[-1], rows.device
-    k_len, (n_slots, head_dim) = rows.shape[2], kept_rows.shape[2:]
-    rows, kept = rows.flatten(0, 1), kept_rows.flatten(0, 1)
-    weight, slot = weight.view(n_heads, n_evicted), slot.view(n_heads, n_evicted)
-    total = _one_and_sums(weight, slot, n_slots)
-    flat_slot = slot + first_rows(n_heads, n_slots, device)
-
-    bytes_per_head = 8 * (n_slots + 2 * n_evicted) * max(1, head_dim)
-    slices = list(head_slices([bytes_per_head] * n_heads, block_bytes(device), block_bytes(device)))
-    blended = torch.empty_like(kept_rows, memory_format=torch.contiguous_format) if len(slices) > 1 else None
-    for heads in slices:
-        from_row, to_row, weight_of_row = flat[heads, width - n_evicted :], flat_slot[heads], weight[heads]
-        if eviction.counts is not None:
-            is_real = ~is_padding(eviction.counts[heads], width - n_evicted, n_evicted)
-            is_real[:, : width - n_evicted] = False
-            in_table, in_lists = (
-                on_device(np.flatnonzero(part), device) for part in (is_real, is_real[:, width - n_evicted :])
-            )
-            from_row = flat[heads].view(-1).index_select(0, in_table)
-            to_row, weight_of_row = (part.view(-1).index_select(0, in_lists) for part in (to_row, weight_of_row))
-        if heads.start:
-            from_row, to_row = from_row - heads.start * k_len, to_row - heads.start * n_slots
-        added = rows[heads].reshape(-1, head_dim)[from_row] * weight_of_row[..., None]
-        sums = kept[heads].to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-        add_rows_(sums.view(-1, head_dim), to_row.view(-1), added.view(-1, head_dim))
-        mean = sums.div_(total[heads, :, None]).to(kept.dtype)
-        # The rest keep their bits; where no position of a head is finite, the sums are not either.
-        takes_some = total[heads, :, None] > 1
-        if blended is None:
-            return torch.where(takes_some.view(*kept_rows.shape[:3], 1), mean.view(kept_rows.shape), kept_rows)
-        torch.where(takes_some, mean, kept[heads], out=blended.flatten(0, 1)[heads])
-    assert blended is not None
+    n_slots, head_dim = kept_rows.shape[2:]
+    blended = torch.empty_like(kept_rows, memory_format=torch.contiguous_format)
+    layer = [part.flatten(0, 1) for part in (rows, kept_rows, evicted, slot, weight, blended)]
+    # What is held of a head: its slots as sums and as means, its evicted rows as they are, weighted and in between.
+    bytes_per_head = 8 * (2 * n_slots + 3 * evicted.shape[-1]) * head_dim
+    for heads in head_slices(len(layer[0]), bytes_per_head, rows.device):
+        row, kept, position, to_slot, w, out = (part[heads] for part in layer)
+        nowhere = n_slots * len(kept)
+        to_row = flat_rows(to_slot, n_slots).masked_fill_(w == 0, nowhere).flatten()
+        total = add_rows_(w.new_ones(nowhere + 1, 1), to_row, w.reshape(-1, 1))
+        sums = torch.cat([kept.reshape(-1, head_dim), w.new_zeros(1, head_dim)])
+        added = gather_rows(row, flat_rows(position, rows.shape[2])) * w[..., None]
+        mean = add_rows_(sums, to_row, added.flatten(0, 1)).div_(total)[:nowhere].view(kept.shape)
+        takes_some = total[:nowhere].view(*kept.shape[:2], 1) > 1
+        torch.where(takes_some, mean.to(kept.dtype), kept, out=out)
     return blended
-
-
-def _one_and_sums(weight: torch.Tensor, slot: torch.Tensor, n_slots: int) -> torch.Tensor:
-    """``1 + sum w_i`` over the i that go to each slot, float64, shape ``(n_heads, n_slots)``."""
-    n_heads, device = len(weight), weight.device
-    one = scalar(1.0, torch.float64, device).expand(n_heads, n_slots)
-    if adds_in_order(device):
-        return one.scatter_add(1, slot, weight)
-    sums = one.clone(memory_format=torch.contiguous_format)
-    to_row = slot + first_rows(n_heads, n_slots, device)
-    add_rows_(sums.view(-1, 1), to_row.view(-1), weight.reshape(-1, 1))
-    return sums
 
 
 def naive_cosine_blend(
@@ -267,14 +233,12 @@ def naive_cosine_blend(
     similarity, target = naive_nearest_survivors(keys, values.float().isfinite().all(dim=-1), eviction)
     weight = torch.zeros_like(similarity)
     keys_after, values_after = kept_keys.clone(), kept_values.clone()
-    for b, heads, n_survivors, n_evicted in head_blocks(eviction, heads_per_block=1):
-        h = heads.start
-        survivors, evicted, slots = eviction.survivors[b, h], eviction.evicted[b, h], eviction.slots[b, h]
+    for b, h, survivors, slots, evicted in eviction.heads():
         s, j = similarity[b, h].tolist(), target[b, h].tolist()
 
-        eligible = [i for i in range(n_evicted) if isfinite(s[i]) and similarity[b, h, i] >= similarity_threshold]
+        eligible = [i for i in range(len(evicted)) if isfinite(s[i]) and similarity[b, h, i] >= similarity_threshold]
         eligible.sort(key=s.__getitem__, reverse=True)  # stable: the lowest i first on a tie
-        taken: list[list[int]] = [[] for _ in range(n_survivors)]
+        taken: list[list[int]] = [[] for _ in survivors]
         for i in eligible[: round(merge_fraction * len(eligible))]:
             if max_merge_per_token == 0 or len(taken[j[i]]) < max_merge_per_token:
                 taken[j[i]].append(i)
@@ -291,5 +255,4 @@ def naive_cosine_blend(
                     share = w / (1 + w.sum())
                     mean = rows[b, h, survivor] * (1 - share.sum()) + share @ rows[b, h, evicted[members]].float()
                     after[b, h, slot] = mean.to(after.dtype)
-    found = Found(similarity, target, torch.zeros_like(weight), torch.zeros_like(weight), target)
-    return Blend(keys_after if merge_keys else kept_keys, values_after, weight, found)
+    return Blend(keys_after if merge_keys else kept_keys, values_after, similarity, target, weight)

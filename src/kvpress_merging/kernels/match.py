@@ -15,7 +15,6 @@ from math import sqrt
 import torch
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels.buckets import head_slices
 from kvpress_merging.kernels.match_heads import (
     METRIC_RIDGE,
     MIN_MASS,
@@ -23,12 +22,13 @@ from kvpress_merging.kernels.match_heads import (
     MIN_SQUARE,
     TINY,
     VALUE_WEIGHT,
-    match_block,
+    cap,
+    match_heads,
+    uncap,
 )
-from kvpress_merging.kernels.match_ragged import match_ragged
 from kvpress_merging.kernels.nearby import block_length, naive_nearest_nearby
-from kvpress_merging.kernels.products import without_autocast
-from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, head_blocks
+from kvpress_merging.kernels.products import full_precision
+from kvpress_merging.kernels.rows import alike_heads, counts_of, flat_rows, padded_lists
 
 # Squared error of output and mass, relative to the output's square: what losing everything leaves.
 _MAX_ERROR = 2.0
@@ -87,6 +87,8 @@ def attention_match(
     eviction: Eviction,
     *,
     key_ridge: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> Match:
     """
     Shift the survivors' keys and values so that reference queries see in them what they saw in all.
@@ -113,54 +115,85 @@ def attention_match(
        It may be a larger one than eviction's: presses keep what the context's own queries look at, so by these a head
        often lost next to nothing, and what it lost is asked for later.
 
-    All arithmetic is in float32. Nothing is read back from the device.
+    With ``softcap`` c a layer attends by ``z = c tanh(l / c)`` of its logits l, here too. ``d_rj`` is then what z
+    should grow by, and the regression is on what that asks of l: ``g(z + d) - g(z)`` with ``g(z) = c artanh(z / c)``,
+    where ``z / c`` is held within 0.99, since nearer to its cap a logit cannot get by growing. With ``sinks`` the
+    softmax has one logit more, for which there is no value, in the full cache and after the eviction alike: the mass to
+    be matched is what it leaves.
+
+    All arithmetic is in float32, by IEEE's rules whatever is allowed elsewhere. Nothing is read back from the device.
     Whatever is not finite leaves its head as eviction left it. Linear in the context.
 
     Parameters
     ----------
-    keys, values : torch.Tensor
-        The layer before the eviction, shapes ``(bsz, num_key_value_heads, k_len, head_dim)``; the head_dim of values
-        may differ from that of keys.
-    kept_keys, kept_values : torch.Tensor
-        What the press left, shapes ``(bsz, num_key_value_heads, n_slots, head_dim)``. Not written to.
+    keys, values, kept_keys, kept_values, eviction
+        As :func:`kvpress_merging.kernels.blend.cosine_blend` takes them.
     queries : torch.Tensor
         Reference queries, float32, scaled and rotated to where ``keys`` will be asked from, shape
         ``(bsz, num_key_value_heads, n_queries, head_dim)``.
     kept_queries : torch.Tensor
         The same for ``kept_keys``; the same tensor unless the press rewrote the survivors' keys. No key is shifted in a
         channel in which these are 0.
-    eviction : Eviction
-        Which positions survived, where they stand in what the press left, and which were evicted.
     key_ridge : float
         ``a / u``.
+    softcap : float, optional
+        The cap of the layer's logits, above 0, as Gemma 2 has one.
+    sinks : torch.Tensor, optional
+        A logit for each reference query that attracts attention and has no value, as gpt-oss has them: float32, shape
+        ``(bsz, num_key_value_heads, n_queries)``.
 
     Returns
     -------
     Match
         The survivors' keys and values, and how well they stand for what was evicted.
     """
-    bsz, num_key_value_heads, _, head_dim = kept_keys.shape
-    n_heads, device = bsz * num_key_value_heads, keys.device
-    n_survivors, n_evicted = eviction.survivors.shape[-1], eviction.evicted.shape[-1]
-    counts = eviction.counts or ((n_survivors, n_evicted),) * n_heads
-    layer = [part.flatten(0, 1) for part in (keys, values, kept_keys, kept_values, queries)]
-    layer.append(layer[-1] if kept_queries is queries else kept_queries.flatten(0, 1))
-    options = {"key_ridge": key_ridge, "max_error": _MAX_ERROR}
-    parts: list[tuple[torch.Tensor, ...]] = []
-    with without_autocast(device):
-        if eviction.counts is not None or n_survivors == 0 or n_evicted == 0:
-            parts.append(match_ragged(layer, eviction, counts, **options))
-        else:
-            bytes_per_head = 4 * (n_survivors + n_evicted) * max(1, head_dim, queries.shape[2])
-            max_block = block_bytes(device)
-            max_bytes = DEFAULT_TILE_BYTES if bytes_per_head <= max_block // 8 else max_block
-            positions, slots = eviction.positions.flatten(0, 1), eviction.slots.flatten(0, 1)
-            for heads in head_slices([bytes_per_head] * n_heads, max_bytes, max_block):
-                of_heads = [part[heads] for part in layer]
-                rewritten = eviction.keys_rewritten
-                parts.append(match_block(of_heads, positions[heads], slots[heads], keys_rewritten=rewritten, **options))
-    new = [torch.cat(of_parts) for of_parts in zip(*parts)] if len(parts) > 1 else parts[0]
-    return Match(*(part.unflatten(0, (bsz, num_key_value_heads)) for part in new))
+    shape, n_slots = kept_keys.shape[:2], kept_keys.shape[2]
+    n_heads, counts = shape[0] * shape[1], counts_of(eviction)
+    is_fitted = torch.zeros(n_heads, dtype=torch.bool, device=keys.device)
+    errors = torch.zeros(3, n_heads, dtype=torch.float32, device=keys.device)
+    if eviction.n_survivors == 0 or eviction.n_evicted == 0:
+        return Match(kept_keys.clone(), kept_values.clone(), is_fitted.view(shape), *errors.view(3, *shape))
+    survivors, evicted, slots = padded_lists(eviction, n_slots)
+    layer = [part.flatten(0, 1) for part in (keys, values, kept_keys, queries, kept_queries)]
+    # With a row more behind the last: nowhere.
+    new = [torch.cat([kept.flatten(0, 2), kept.new_zeros(1, kept.shape[3])]) for kept in (kept_keys, kept_values)]
+    flat_slots = flat_rows(slots, n_slots)
+    length = block_length(eviction.n_survivors, eviction.n_evicted)
+    n_channels = keys.shape[3] + values.shape[3]
+
+    def bytes_of(n_survivors: int, n_evicted: int) -> int:
+        """Keys and values of all positions, and those of the survivors twice: as they are, and as they become."""
+        return 4 * n_channels * (eviction.k_len + 2 * n_survivors)
+
+    for block, n_survivors, n_evicted in alike_heads(counts, bytes_of, keys.device):
+        of_sinks = None if sinks is None else sinks.flatten(0, 1)[block]
+        lists = survivors[block, :n_survivors], evicted[block, :n_evicted], slots[block, :n_survivors]
+        with full_precision(keys.device):
+            *matched, of_heads = match_heads(
+                (*(part[block] for part in layer), of_sinks),  # type: ignore[arg-type]
+                lists,
+                counts[block],
+                length,
+                keys_rewritten=eviction.keys_rewritten,
+                key_ridge=key_ridge,
+                softcap=softcap,
+            )
+        matched = [rows.to(kept_keys.dtype) for rows in matched]
+        fits = of_heads[1] < sqrt(_MAX_ERROR) * of_heads[2]
+        if kept_keys.dtype == torch.float16:  # which may have no room for it
+            for rows in matched:
+                fits &= rows.sum(dim=(1, 2), dtype=torch.float32).abs() < torch.inf
+        is_fitted[block], errors[:, block] = fits, of_heads
+        is_put = fits[:, None] & (lists[2] < n_slots)
+        to_row = torch.where(is_put, flat_slots[block, : is_put.shape[1]], n_heads * n_slots).flatten()
+        for kept, rows in zip(new, matched):
+            kept.index_copy_(0, to_row, rows.flatten(0, 1))
+    return Match(
+        new[0][:-1].view(kept_keys.shape),
+        new[1][:-1].view(kept_values.shape),
+        is_fitted.view(shape),
+        *errors.view(3, *shape),
+    )
 
 
 def naive_attention_match(
@@ -173,6 +206,8 @@ def naive_attention_match(
     eviction: Eviction,
     *,
     key_ridge: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> Match:
     """
     :func:`attention_match` as one would write it down: head by head, in float64.
@@ -180,22 +215,24 @@ def naive_attention_match(
     new_keys, new_values = kept_keys.clone(), kept_values.clone()
     is_fitted = torch.zeros(kept_keys.shape[:2], dtype=torch.bool)
     eviction_error, matching_error, output_norm = torch.zeros(3, *kept_keys.shape[:2], dtype=torch.float32)
-    for b, heads, n_survivors, n_evicted in head_blocks(eviction, heads_per_block=1):
-        h = heads.start
-        survivors, evicted = eviction.survivors[b, h, :n_survivors], eviction.evicted[b, h, :n_evicted]
-        slots = eviction.slots[b, h, :n_survivors]
+    for b, h, survivors, slots, evicted in eviction.heads():
+        n_survivors, n_evicted = len(survivors), len(evicted)
         if n_survivors == 0 or n_evicted == 0:
             continue
         all_keys, all_values = keys[b, h].double(), values[b, h].double()
         q, kept_q = queries[b, h].double(), kept_queries[b, h].double()
         old_keys, old_values = kept_keys[b, h, slots].double(), kept_values[b, h, slots].double()
 
-        logits = q @ all_keys[torch.cat([survivors, evicted])].T
+        logits = cap(q @ all_keys[torch.cat([survivors, evicted])].T, softcap)
         normalizer = logits.logsumexp(dim=1, keepdim=True)
+        if sinks is not None:
+            normalizer = torch.logaddexp(normalizer, sinks[b, h, :, None].double())
         kept_mass, lost_mass = (logits - normalizer).exp().split([n_survivors, n_evicted], dim=1)
+        full_mass = kept_mass.sum(dim=1) + lost_mass.sum(dim=1)
         output = kept_mass @ all_values[survivors] + lost_mass @ all_values[evicted]
-        mass = (kept_q @ old_keys.T - normalizer).exp()
-        error_of_eviction = _naive_squared_error(output - mass @ old_values, mass, output)
+        raw_logits = kept_q @ old_keys.T
+        mass = (cap(raw_logits, softcap) - normalizer).exp()
+        error_of_eviction = _naive_squared_error(output - mass @ old_values, mass.sum(dim=1) - full_mass, output)
 
         lost = (output - mass @ old_values).square().sum(dim=1)
         weight = (1 + lost / lost.mean().clamp(min=TINY)) / 2
@@ -222,13 +259,16 @@ def naive_attention_match(
                 pull[j] = share @ all_keys[torch.cat([survivors[[j]], evicted[counted]])] - old_keys[j]
         growth = kept_mass.index_add(1, target, lost_mass) + MIN_MASS
         growth = (growth / (mass + MIN_MASS)).log()
+        if softcap is not None:
+            capped = cap(raw_logits, softcap)
+            growth = uncap(capped + growth, softcap) - uncap(capped, softcap)
         weighted_q = weight[:, None] * kept_q
         gram = kept_q.T @ weighted_q
         ridge = key_ridge * gram.diagonal().mean() * identity
         fitted_keys = old_keys + torch.linalg.solve(gram + ridge, weighted_q.T @ growth + ridge @ pull.T).T
-        mass = (kept_q @ fitted_keys.T - normalizer).exp()
+        mass = (cap(kept_q @ fitted_keys.T, softcap) - normalizer).exp()
 
-        error_of_fit = _naive_squared_error(output - mass @ fitted_values, mass, output)
+        error_of_fit = _naive_squared_error(output - mass @ fitted_values, mass.sum(dim=1) - full_mass, output)
         is_fitted[b, h] = error_of_fit < _MAX_ERROR * output.square().sum()
         eviction_error[b, h], matching_error[b, h] = error_of_eviction.sqrt(), error_of_fit.sqrt()
         output_norm[b, h] = output.norm()
@@ -238,6 +278,5 @@ def naive_attention_match(
     return Match(new_keys, new_values, is_fitted, eviction_error, matching_error, output_norm)
 
 
-def _naive_squared_error(residual: torch.Tensor, mass: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    missing = mass.sum(dim=1, keepdim=True) - 1
-    return residual.square().sum() + (missing * output).square().sum()
+def _naive_squared_error(residual: torch.Tensor, missing: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    return residual.square().sum() + (missing[:, None] * output).square().sum()

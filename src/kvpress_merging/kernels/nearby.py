@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kvpress_merging.kernels.buckets import on_device
-from kvpress_merging.kernels.rows import DEFAULT_TILE_BYTES, block_bytes, first_rows
-from kvpress_merging.kernels.tiles import first_max
+from kvpress_merging.kernels.rows import block_bytes, first_max, flat_rows, gather_rows, on_device
 
 WINDOW = 256
 """Survivors among which an evicted position looks for the nearest: about half of them before it, half behind."""
@@ -23,114 +23,93 @@ def block_length(n_survivors: int, n_evicted: int) -> int:
 
 
 def nearest_nearby(
-    survivor_keys: torch.Tensor,
-    evicted_keys: torch.Tensor,
-    survivor_values: torch.Tensor,
-    evicted_values: torch.Tensor,
-    place: torch.Tensor,
+    rows: torch.Tensor,
+    survivor_rows: torch.Tensor,
+    survivors: torch.Tensor,
+    evicted: torch.Tensor,
+    counts: Sequence[tuple[int, int]],
     key_metric: torch.Tensor,
     value_metric: torch.Tensor,
-) -> torch.Tensor:
+    length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     For each evicted position, the survivor with the nearest key and value among those near it in the context.
 
     Near are :data:`WINDOW` survivors around a block of neighbouring evicted positions, so the cost is linear in the
-    context; where there are no more survivors than that, the search is exact.
+    context; where there are no more survivors than that, the search is exact. The blocks of all heads are one list, in
+    which a head that lost little has few.
 
     Parameters
     ----------
-    survivor_keys, evicted_keys : torch.Tensor
-        float32, shapes ``(n_heads, n_survivors, head_dim)`` and ``(n_heads, n_evicted, head_dim)``, each in the order
-        of the context.
-    survivor_values, evicted_values : torch.Tensor
-        The same of values; their head_dim may be another.
-    place : torch.Tensor
-        How many survivors stand before each evicted position, int64, shape ``(n_heads, n_evicted)``.
-    key_metric : torch.Tensor
-        Symmetric and positive definite, float32, shape ``(n_heads, head_dim, head_dim)``.
-    value_metric : torch.Tensor
-        At least 0, float32, shape ``(n_heads, 1, 1)``: the squared distance of two positions is
-        ``(k - k')^T key_metric (k - k') + value_metric |v - v'|^2``.
+    rows, survivor_rows : torch.Tensor
+        A key and its value side by side, of each position and, zeros, of nowhere; and those of the survivors: float32,
+        shapes ``(n_heads, k_len + 1, head_dim + value_dim)`` and ``(n_heads, max_survivors, head_dim + value_dim)``.
+    survivors, evicted : torch.Tensor
+        Positions, ascending, then ``k_len`` for nowhere, int64, shapes ``(n_heads, max_survivors)`` and
+        ``(n_heads, max_evicted)``.
+    counts, length
+        How many of both each head has, where one without survivors is passed over; and evicted positions of a block,
+        see :func:`block_length`.
+    key_metric, value_metric : torch.Tensor
+        Float32, shapes ``(n_heads, head_dim, head_dim)``, symmetric and positive definite, and ``(n_heads, 1, 1)``, at
+        least 0: the squared distance of two positions is ``(k - k')^T key_metric (k - k') + value_metric |v - v'|^2``.
 
     Returns
     -------
-    torch.Tensor
-        Index of a survivor, int64, shape ``(n_heads, n_evicted)``.
+    evicted, target : torch.Tensor
+        Evicted positions, some of them nowhere, in ``rows`` of all heads laid end to end, and the survivor nearest to
+        each, in ``survivors`` laid end to end: int64, shape ``(n,)``.
     """
-    found = nearest_rows(
-        torch.cat([survivor_keys, survivor_values], dim=-1),
-        torch.cat([evicted_keys, evicted_values], dim=-1),
-        place,
-        key_metric,
-        value_metric,
-    )
-    return found - first_rows(*survivor_keys.shape[:2], place.device)
-
-
-def nearest_rows(
-    survivors: torch.Tensor,
-    evicted: torch.Tensor,
-    place: torch.Tensor,
-    key_metric: torch.Tensor,
-    value_metric: torch.Tensor,
-    counts: np.ndarray | None = None,
-    length: int | None = None,
-    *,
-    counts_evicted: bool = False,
-) -> torch.Tensor:
-    """
-    :func:`nearest_nearby`, with each position's key and value side by side in one row.
-
-    Where heads are padded, ``counts``, shape ``(n_heads, 2)``, says how many of their survivors and evicted positions
-    are real, and ``length`` how many evicted positions share a window. With ``counts_evicted``, ``place`` says how many
-    positions stand before each evicted one, evicted or not. The index that comes out is one into the survivors of all
-    heads laid end to end.
-    """
-    (n_heads, n_survivors, n_channels), n_evicted, device = survivors.shape, evicted.shape[1], place.device
+    (n_rows, n_channels), max_survivors = rows.shape[1:], survivors.shape[1]
+    head_dim, device, nowhere = key_metric.shape[1], rows.device, n_rows - 1
     # The distance of x to y is smallest where x^T M y - y^T M y / 2 is largest.
-    head_dim = key_metric.shape[1]
-    measured = torch.cat(
-        [torch.bmm(survivors[..., :head_dim], key_metric), survivors[..., head_dim:] * value_metric], dim=-1
+    keys, values = survivor_rows[..., :head_dim], survivor_rows[..., head_dim:]
+    measured = torch.cat([torch.bmm(keys, key_metric), values * value_metric], dim=-1)
+    square = (
+        (survivor_rows * measured).sum(dim=-1, keepdim=True).masked_fill_((survivors == nowhere)[..., None], torch.inf)
     )
-    square = (survivors * measured).sum(dim=-1, keepdim=True)
-    if counts is not None:
-        is_nothing = on_device(np.arange(n_survivors) >= counts[:, :1], device)
-        square.masked_fill_(is_nothing[..., None], torch.inf)
-    if n_survivors <= WINDOW:
-        products = torch.baddbmm(square, measured, evicted.transpose(1, 2), beta=-0.5)
-        return first_max(products, n_survivors)[1].squeeze(1) + first_rows(n_heads, n_survivors, device)
 
-    length = length or block_length(n_survivors, n_evicted)
-    n_blocks, n_missing = -(-n_evicted // length), -n_evicted % length
-    # Centred on the block's middle; the last block's on the middle of what there is of it.
-    sizes = np.array([[n_survivors, n_evicted]]) if counts is None else counts
-    first = np.arange(n_blocks) * length
-    middle = np.minimum(first + np.clip(sizes[:, 1:] - first, 0, length) // 2, n_evicted - 1)
-    head_start = np.arange(n_heads)[:, None] * n_survivors
-    before_window = WINDOW // 2 - head_start + (middle if counts_evicted else 0)
-    last_start = head_start + np.maximum(sizes[:, :1] - WINDOW, 0)
-    start = place.gather(1, on_device(middle, device).expand(n_heads, -1)).sub_(on_device(before_window, device))
-    start.clamp_(first_rows(n_heads, n_survivors, device), on_device(last_start, device))
-    evicted = F.pad(evicted, (0, 0, 0, n_missing)) if n_missing else evicted.contiguous()
-    blocks = evicted.unflatten(1, (n_blocks, length))
-    near = first_rows(WINDOW, 1, device).view(-1)
-    bytes_per_block, max_bytes = 4 * WINDOW * (n_channels + length), block_bytes(device)
-    if n_blocks * bytes_per_block <= max_bytes // 8:  # many short contexts are searched in one go
-        max_bytes = DEFAULT_TILE_BYTES
-    at_once = max(1, max_bytes // (n_heads * bytes_per_block))
-    target = []
-    for i in range(0, n_blocks, at_once):
-        block = slice(i, i + at_once)
-        window = (start[:, block, None] + near).view(-1)
-        products = torch.baddbmm(
-            square.view(-1, 1).index_select(0, window).view(-1, WINDOW, 1),
-            measured.view(-1, n_channels).index_select(0, window).view(-1, WINDOW, n_channels),
-            blocks[:, block].reshape(-1, length, n_channels).transpose(1, 2),
+    window, max_evicted = min(WINDOW, max_survivors), evicted.shape[1] + -evicted.shape[1] % length
+    evicted = flat_rows(F.pad(evicted, (0, max_evicted - evicted.shape[1]), value=nowhere), n_rows)
+    number, middle, first, last = on_device(_blocks(counts, max_survivors, max_evicted, window, length), device)
+    blocks = evicted.view(-1, length).index_select(0, number)
+    # Heads lie end to end, so what lies before a position in all of them is where it would stand among the survivors.
+    place = torch.searchsorted(flat_rows(survivors, n_rows).view(-1), evicted.view(-1).index_select(0, middle))
+    start = place.sub_(WINDOW // 2).clamp_(first, last)[:, None]
+    near = start + torch.arange(window, device=device)
+
+    found = []
+    at_once = max(1, block_bytes(device) // (4 * window * (n_channels + length)))
+    for some_near, some_blocks in zip(near.split(at_once), blocks.split(at_once)):
+        closeness = torch.baddbmm(
+            gather_rows(square, some_near),
+            gather_rows(measured, some_near),
+            gather_rows(rows, some_blocks).mT,
             beta=-0.5,
         )
-        target.append(first_max(products, WINDOW)[1].view(n_heads, -1, length) + start[:, block, None])
-    found = target[0] if len(target) == 1 else torch.cat(target, dim=1)
-    return found.flatten(1)[:, :n_evicted]
+        found.append(first_max(closeness)[1])
+    return blocks.flatten(), (torch.cat(found) + start).flatten()
+
+
+def _blocks(
+    counts: Sequence[tuple[int, int]], max_survivors: int, max_evicted: int, window: int, length: int
+) -> np.ndarray:
+    """
+    The blocks of neighbouring evicted positions of all heads, int64, shape ``(4, n_blocks)``.
+
+    Of each: its number, if every head has ``max_evicted / length`` blocks; where the middle of what there is of it
+    stands among the evicted positions of all heads; and the first and the last place among the survivors of all heads
+    at which its window may start.
+    """
+    n_survivors, n_evicted = np.array(counts, dtype=np.int64).reshape(-1, 2).T
+    n_blocks = np.where(n_survivors > 0, -(-n_evicted // length), 0)
+    head = np.repeat(np.arange(len(n_blocks)), n_blocks)
+    in_head = np.arange(len(head)) - np.repeat(np.cumsum(n_blocks) - n_blocks, n_blocks)
+    n_here = np.minimum(n_evicted[head] - in_head * length, length)
+    middle = head * max_evicted + in_head * length + n_here // 2
+    first = head * max_survivors
+    last = first + np.maximum(n_survivors[head] - window, 0)
+    return np.stack([head * (max_evicted // length) + in_head, middle, first, last])
 
 
 def naive_nearest_nearby(
@@ -143,7 +122,11 @@ def naive_nearest_nearby(
     value_metric: torch.Tensor,
     length: int | None = None,
 ) -> torch.Tensor:
-    """:func:`nearest_nearby` for one head, one evicted position after the other."""
+    """
+    :func:`nearest_nearby` for one head, one evicted position after the other.
+
+    ``place`` says how many survivors stand before each evicted position.
+    """
     length = length or block_length(len(survivor_keys), len(evicted_keys))
     target = []
     for i, (key, value) in enumerate(zip(evicted_keys, evicted_values)):

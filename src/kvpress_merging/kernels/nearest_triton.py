@@ -10,17 +10,22 @@ over the columns once, at the end. Import this module only where Triton is wante
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from kvpress_merging.kernels.buckets import Counts, head_slices, on_device
-from kvpress_merging.kernels.products import ScaledKeys
+from kvpress_merging.kernels.products import Side
+from kvpress_merging.kernels.rows import on_device
 
 MAX_HEAD_DIM = 256
 """Longest keys that fit a GPU's shared memory as the kernel lays them out."""
+
+MULTIPLES = (64, 128)
+"""Survivors and evicted positions come in multiples of these: whole blocks, however the kernel is laid out."""
 
 _MIN_HEAD_DIM = 16  # of what tl.dot takes
 
@@ -29,37 +34,30 @@ _MIN_HEAD_DIM = 16  # of what tl.dot takes
 def first_best_kernel(  # type: ignore[no-untyped-def]
     queries,
     survivors,
-    inverse_norms,
+    scales,
     counts,
     best,
     index,
     n_survivors,
     n_queries,
     HEAD_DIM: tl.constexpr,
+    N_CHANNELS: tl.constexpr,
     PADDED_HEAD_DIM: tl.constexpr,
-    HAS_INVERSE_NORMS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     AS_FLOAT32: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_SURVIVORS: tl.constexpr,
 ):
     """
-    For each query, its largest product with a survivor, times that survivor's inverse norm, and the first to reach it.
+    For each query, its largest product with a survivor, times that survivor's scale, and the first to reach it.
 
-    All tensors are contiguous; ``n_survivors`` and ``n_queries`` are whole numbers of blocks, whose rows can all be
-    read. Program (i, h) searches block i of the queries of head h, up to the head's own counts.
-
-    Parameters
-    ----------
-    queries, survivors : pointers
-        Shapes ``(n_heads, n_queries, HEAD_DIM)`` and ``(n_heads, n_survivors, HEAD_DIM)``, float32 or 16 bits.
-    inverse_norms : pointer
-        float32, shape ``(n_heads, n_survivors)``; not read unless HAS_INVERSE_NORMS.
-    counts : pointer
-        int32, shape ``(n_heads, 2)``: survivors and queries of each head.
-    best, index : pointers
-        Written: float32 and int32, shape ``(n_heads, n_queries)``. Blocks beyond a head's count are left as they are.
-    AS_FLOAT32 : bool
-        For Triton's interpreter, which multiplies bfloat16 as if its bits were whole numbers.
+    ``queries`` and ``survivors``, float32 or 16 bits, have the shapes ``(n_heads, n_queries, N_CHANNELS)`` and
+    ``(n_heads, n_survivors, N_CHANNELS)``, in whole blocks. The first HEAD_DIM channels are multiplied; what stands
+    behind them in a survivor, and one further in a query, is its bias, which is added. ``scales``, float32, shape
+    ``(n_heads, n_survivors)``, are not read unless HAS_SCALES. ``counts``, int32, shape ``(n_heads, 2)``: survivors and
+    queries of each head, up to which program (i, h) searches block i of the queries of head h. Written are ``best`` and
+    ``index``, float32 and int32, shape ``(n_heads, n_queries)``. AS_FLOAT32 is for Triton's interpreter, which
+    multiplies bfloat16 as if its bits were whole numbers.
     """
     head = tl.program_id(1).to(tl.int64)
     n_survivors_here = tl.load(counts + 2 * head)
@@ -71,13 +69,14 @@ def first_best_kernel(  # type: ignore[no-untyped-def]
     dims = tl.arange(0, PADDED_HEAD_DIM)
     is_dim = dims < HEAD_DIM
 
-    query_pointers = queries + rows[:, None] * HEAD_DIM + dims[None, :]
+    query_pointers = queries + rows[:, None] * N_CHANNELS + dims[None, :]
     if HEAD_DIM == PADDED_HEAD_DIM:
         query = tl.load(query_pointers)
     else:
         query = tl.load(query_pointers, mask=is_dim[None, :], other=0.0)
-    survivor_pointers = survivors + (head * n_survivors + columns)[None, :] * HEAD_DIM + dims[:, None]
-    inverse_norm_pointers = inverse_norms + head * n_survivors + columns
+    survivor_pointers = survivors + (head * n_survivors + columns)[None, :] * N_CHANNELS + dims[:, None]
+    bias_pointers = survivors + (head * n_survivors + columns) * N_CHANNELS + HEAD_DIM
+    scale_pointers = scales + head * n_survivors + columns
 
     running_best = tl.full((BLOCK_QUERIES, BLOCK_SURVIVORS), float("-inf"), tl.float32)
     running_start = tl.zeros((BLOCK_QUERIES, BLOCK_SURVIVORS), tl.int32)
@@ -90,19 +89,22 @@ def first_best_kernel(  # type: ignore[no-untyped-def]
             product = tl.dot(query.to(tl.float32), survivor.to(tl.float32), input_precision="ieee")
         else:
             product = tl.dot(query, survivor, input_precision="ieee")
-        if HAS_INVERSE_NORMS:
-            product *= tl.load(inverse_norm_pointers)[None, :]
+        if HAS_SCALES:
+            product *= tl.load(scale_pointers)[None, :]
+        product += tl.load(bias_pointers).to(tl.float32)[None, :]
         # Later survivors win only if they are better: each column keeps its first.
         is_better = product > running_best
         running_best = tl.where(is_better, product, running_best)
         running_start = tl.where(is_better, start, running_start)
-        survivor_pointers += BLOCK_SURVIVORS * HEAD_DIM
-        inverse_norm_pointers += BLOCK_SURVIVORS
+        survivor_pointers += BLOCK_SURVIVORS * N_CHANNELS
+        bias_pointers += BLOCK_SURVIVORS * N_CHANNELS
+        scale_pointers += BLOCK_SURVIVORS
 
     best_of_row = tl.max(running_best, axis=1)
     place = running_start + columns[None, :]
     first = tl.min(tl.where(running_best == best_of_row[:, None], place, 2147483647), axis=1)
-    tl.store(best + rows, best_of_row)
+    bias = tl.load(queries + rows * N_CHANNELS + HEAD_DIM + 1).to(tl.float32)
+    tl.store(best + rows, best_of_row + bias)
     tl.store(index + rows, first)
 
 
@@ -127,78 +129,36 @@ def launch_options(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     }
 
 
-def first_best(
-    queries: torch.Tensor, survivors: torch.Tensor, inverse_norms: torch.Tensor | None, counts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run :func:`first_best_kernel`; see there. Returns ``best`` and ``index``."""
-    n_heads, n_queries, head_dim = queries.shape
+def search(
+    survivors: Side, evicted: Side, head_dim: int, counts: Sequence[tuple[int, int]], tile_bytes: int
+) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
+    """
+    The largest product of each evicted position and the first survivor that has it, of all heads at once.
+
+    Takes and yields what the search by PyTorch's own operations does, see ``nearest.py``; there is no tile.
+    """
+    queries, rows, scales = evicted.rows.contiguous(), survivors.rows.contiguous(), survivors.scale
+    (n_heads, n_queries, n_channels), device = queries.shape, queries.device
     options = launch_options(queries.dtype, head_dim)
-    best = torch.empty(n_heads, n_queries, dtype=torch.float32, device=queries.device)
-    index = torch.zeros(n_heads, n_queries, dtype=torch.int32, device=queries.device)
+    best = torch.full((n_heads, n_queries), -torch.inf, dtype=torch.float32, device=device)
+    index = torch.zeros(n_heads, n_queries, dtype=torch.int32, device=device)
+    n_real = on_device(np.array(counts, dtype=np.int32), device)
     with torch.cuda.device_of(queries):
         first_best_kernel[(n_queries // options["BLOCK_QUERIES"], n_heads)](
-            queries,
-            survivors,
-            best if inverse_norms is None else inverse_norms,
-            counts,
-            best,
-            index,
-            survivors.shape[1],
-            n_queries,
+            *(queries, rows, best if scales is None else scales.contiguous(), n_real, best, index),
+            *(rows.shape[1], n_queries),
             HEAD_DIM=head_dim,
-            HAS_INVERSE_NORMS=inverse_norms is not None,
+            N_CHANNELS=n_channels,
+            HAS_SCALES=scales is not None,
             AS_FLOAT32=isinstance(first_best_kernel, InterpretedFunction),
             **options,
         )
-    return best, index
-
-
-def search(
-    scaled: ScaledKeys, flat: torch.Tensor, n_survivors: int, counts: Counts | None, tile_bytes: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The best cosine of each evicted position and the first survivor that has it.
-
-    Takes and gives what :func:`kvpress_merging.kernels.tiles.search` does. Copies the keys of one head, or of as many
-    as fit ``tile_bytes``, in the order in which the kernel reads them.
-    """
-    (n_heads, width), (k_len, head_dim) = flat.shape, scaled.keys.shape[1:]
-    n_evicted = width - n_survivors
-    options = launch_options(scaled.row_dtype, head_dim)
-    sizes = np.array(counts or [(n_survivors, n_evicted)] * n_heads, dtype=np.int32)
-    survivors, evicted = flat[:, :n_survivors], flat[:, n_survivors:]
-    if counts is not None:
-        is_real = on_device(np.arange(n_survivors) < sizes[:, :1], flat.device)
-        survivors = torch.where(is_real, survivors, survivors[:, :1])
-    n_missing, n_missing_queries = -n_survivors % options["BLOCK_SURVIVORS"], -n_evicted % options["BLOCK_QUERIES"]
-    if n_missing:
-        survivors = torch.cat([survivors, survivors[:, :1].expand(-1, n_missing)], dim=1)
-    if n_missing_queries:
-        evicted = torch.cat([evicted, evicted[:, :1].expand(-1, n_missing_queries)], dim=1)
-
-    n_real, found = on_device(sizes, flat.device), []
-    bytes_per_head = width * head_dim * min(4, scaled.keys.element_size())
-    for heads in head_slices([bytes_per_head] * n_heads, tile_bytes, tile_bytes):
-        of_block, offset = scaled[heads], heads.start * k_len
-        to_search, queries = survivors[heads] - offset, evicted[heads] - offset
-        best, index = first_best(
-            of_block.rows(queries), of_block.rows(to_search), of_block.inverse_norms(to_search), n_real[heads]
-        )
-        inverse_norms = of_block.inverse_norms(queries)
-        found.append((best if inverse_norms is None else best * inverse_norms, index))
-    best, index = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found))
-    return best[:, :n_evicted], index[:, :n_evicted].clamp(max=n_survivors - 1).long()
+    n_evicted = max(n for _, n in counts)
+    yield slice(n_heads), slice(n_evicted), best[:, :n_evicted], index[:, :n_evicted]
 
 
 def check_runs(device: torch.device, head_dim: int) -> None:
-    """
-    Make sure that the kernel can search keys of this length on this device.
-
-    Raises
-    ------
-    ValueError
-        If it cannot: on a CPU outside Triton's interpreter, or where keys are longer than :data:`MAX_HEAD_DIM`.
-    """
+    """Raise a ValueError if the kernel cannot search such keys: on a CPU, unless interpreted, or too long ones."""
     if isinstance(first_best_kernel, InterpretedFunction):
         if device.type != "cpu":
             raise ValueError(f"kernel='triton' in Triton's interpreter needs tensors on the CPU, got {device}")
