@@ -103,20 +103,13 @@ def cosine_blend(
         Whether to scale a merge by the evicted value's share of the two norms.
     merge_keys : bool
         Whether to blend keys as well, with the same weights.
-    tile_bytes : int
-        Most bytes that one tile of cosines takes.
-    kernel : str
-        How to search: one of :data:`kvpress_merging.kernels.nearest.KERNELS`.
+    tile_bytes, kernel
+        How to search, see :func:`kvpress_merging.kernels.nearest.nearest_survivors`, and what may be wrong with them.
 
     Returns
     -------
     Blend
         The survivors' keys and values after the blend, and what was merged.
-
-    Raises
-    ------
-    ValueError
-        If ``tile_bytes`` is below 1, or ``kernel`` is unknown or cannot run on these tensors.
     """
     value_norm = row_norms(values.flatten(0, 1)).view(values.shape[:3])
     similarity, target = nearest_survivors(keys, value_norm < torch.inf, eviction, tile_bytes=tile_bytes, kernel=kernel)

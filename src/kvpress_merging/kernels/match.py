@@ -15,17 +15,7 @@ from math import sqrt
 import torch
 
 from kvpress_merging.eviction import Eviction
-from kvpress_merging.kernels.match_heads import (
-    METRIC_RIDGE,
-    MIN_MASS,
-    MIN_SHARE,
-    MIN_SQUARE,
-    TINY,
-    VALUE_WEIGHT,
-    cap,
-    match_heads,
-    uncap,
-)
+from kvpress_merging.kernels import match_heads as steps
 from kvpress_merging.kernels.nearby import block_length, naive_nearest_nearby
 from kvpress_merging.kernels.products import full_precision
 from kvpress_merging.kernels.rows import alike_heads, counts_of, flat_rows, padded_lists
@@ -73,7 +63,7 @@ class Match:
 
 def relative_square(error: torch.Tensor, output_norm: torch.Tensor) -> torch.Tensor:
     """Square of an error relative to the norm of all queries' outputs together."""
-    return (error / output_norm.clamp(min=sqrt(TINY))).square_()
+    return (error / output_norm.clamp(min=sqrt(steps.TINY))).square_()
 
 
 @torch.no_grad()
@@ -169,7 +159,7 @@ def attention_match(
         of_sinks = None if sinks is None else sinks.flatten(0, 1)[block]
         lists = survivors[block, :n_survivors], evicted[block, :n_evicted], slots[block, :n_survivors]
         with full_precision(keys.device):
-            *matched, of_heads = match_heads(
+            *matched, of_heads = steps.match_heads(
                 (*(part[block] for part in layer), of_sinks),  # type: ignore[arg-type]
                 lists,
                 counts[block],
@@ -216,26 +206,25 @@ def naive_attention_match(
     is_fitted = torch.zeros(kept_keys.shape[:2], dtype=torch.bool)
     eviction_error, matching_error, output_norm = torch.zeros(3, *kept_keys.shape[:2], dtype=torch.float32)
     for b, h, survivors, slots, evicted in eviction.heads():
-        n_survivors, n_evicted = len(survivors), len(evicted)
-        if n_survivors == 0 or n_evicted == 0:
+        if len(survivors) == 0 or len(evicted) == 0:
             continue
         all_keys, all_values = keys[b, h].double(), values[b, h].double()
         q, kept_q = queries[b, h].double(), kept_queries[b, h].double()
         old_keys, old_values = kept_keys[b, h, slots].double(), kept_values[b, h, slots].double()
 
-        logits = cap(q @ all_keys[torch.cat([survivors, evicted])].T, softcap)
+        logits = steps.cap(q @ all_keys[torch.cat([survivors, evicted])].T, softcap)
         normalizer = logits.logsumexp(dim=1, keepdim=True)
         if sinks is not None:
             normalizer = torch.logaddexp(normalizer, sinks[b, h, :, None].double())
-        kept_mass, lost_mass = (logits - normalizer).exp().split([n_survivors, n_evicted], dim=1)
+        kept_mass, lost_mass = (logits - normalizer).exp().split([len(survivors), len(evicted)], dim=1)
         full_mass = kept_mass.sum(dim=1) + lost_mass.sum(dim=1)
         output = kept_mass @ all_values[survivors] + lost_mass @ all_values[evicted]
         raw_logits = kept_q @ old_keys.T
-        mass = (cap(raw_logits, softcap) - normalizer).exp()
+        mass = (steps.cap(raw_logits, softcap) - normalizer).exp()
         error_of_eviction = _naive_squared_error(output - mass @ old_values, mass.sum(dim=1) - full_mass, output)
 
         lost = (output - mass @ old_values).square().sum(dim=1)
-        weight = (1 + lost / lost.mean().clamp(min=TINY)) / 2
+        weight = (1 + lost / lost.mean().clamp(min=steps.TINY)) / 2
         identity = torch.eye(q.shape[1], dtype=q.dtype)
         gram = q.T @ (weight[:, None] * q)
         some_values = torch.cat([old_values, all_values[evicted]])
@@ -245,28 +234,28 @@ def naive_attention_match(
             old_values,
             all_values[evicted],
             torch.searchsorted(survivors, evicted),
-            gram + METRIC_RIDGE * gram.diagonal().mean() * identity,
-            VALUE_WEIGHT * len(q) / some_values.square().sum(dim=1).mean().clamp(min=MIN_SQUARE),
+            gram + steps.METRIC_RIDGE * gram.diagonal().mean() * identity,
+            steps.VALUE_WEIGHT * len(q) / some_values.square().sum(dim=1).mean().clamp(min=steps.MIN_SQUARE),
             block_length(eviction.n_survivors, eviction.n_evicted),
         )
         fitted_values, pull = old_values.clone(), torch.zeros_like(old_keys)
-        for j in range(n_survivors):
+        for j in range(len(survivors)):
             counted = target == j
-            share = torch.cat([kept_mass[:, [j]], lost_mass[:, counted]], dim=1).mean(dim=0) + MIN_SHARE
+            share = torch.cat([kept_mass[:, [j]], lost_mass[:, counted]], dim=1).mean(dim=0) + steps.MIN_SHARE
             share /= share.sum()
             fitted_values[j] = share @ torch.cat([old_values[[j]], all_values[evicted[counted]]])
             if not eviction.keys_rewritten:
                 pull[j] = share @ all_keys[torch.cat([survivors[[j]], evicted[counted]])] - old_keys[j]
-        growth = kept_mass.index_add(1, target, lost_mass) + MIN_MASS
-        growth = (growth / (mass + MIN_MASS)).log()
+        growth = kept_mass.index_add(1, target, lost_mass) + steps.MIN_MASS
+        growth = (growth / (mass + steps.MIN_MASS)).log()
         if softcap is not None:
-            capped = cap(raw_logits, softcap)
-            growth = uncap(capped + growth, softcap) - uncap(capped, softcap)
+            capped = steps.cap(raw_logits, softcap)
+            growth = steps.uncap(capped + growth, softcap) - steps.uncap(capped, softcap)
         weighted_q = weight[:, None] * kept_q
         gram = kept_q.T @ weighted_q
         ridge = key_ridge * gram.diagonal().mean() * identity
         fitted_keys = old_keys + torch.linalg.solve(gram + ridge, weighted_q.T @ growth + ridge @ pull.T).T
-        mass = (cap(kept_q @ fitted_keys.T, softcap) - normalizer).exp()
+        mass = (steps.cap(kept_q @ fitted_keys.T, softcap) - normalizer).exp()
 
         error_of_fit = _naive_squared_error(output - mass @ fitted_values, mass.sum(dim=1) - full_mass, output)
         is_fitted[b, h] = error_of_fit < _MAX_ERROR * output.square().sum()

@@ -40,8 +40,7 @@ The allowed values of ``kernel``: ``"torch"`` holds one tile of cosines at a tim
 # of both sides, one AVX-512 register of float32, and of 8 along head_dim (see products.py) give each pair of keys the
 # same cosine wherever it stands in the tile and whatever the tile: equal keys tie exactly.
 _GROUP = 16
-# Of one head's tile on a CPU, so that its second cache holds it between product and maximum. Measured: 1 and 16 MiB are
-# slower.
+# Of one head's tile on a CPU, as its second cache may hold it. Measured: 1 and 16 MiB are slower.
 _CPU_TILE_BYTES = 4 * 2**20
 
 
@@ -95,7 +94,18 @@ def nearest_survivors(
         If ``tile_bytes`` is below 1, ``kernel`` is not one of :data:`KERNELS`, or it is ``"triton"`` where Triton
         cannot run.
     """
-    _check_options(keys, tile_bytes, kernel)
+    if tile_bytes < 1:
+        raise ValueError(f"tile_bytes must be at least 1, got {tile_bytes}")
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r}")
+    search, multiples = _search_tiles, (_GROUP, _GROUP)
+    if kernel == "triton":
+        if find_spec("triton") is None:
+            raise ValueError("kernel='triton' needs triton, which is not installed; use kernel='torch'")
+        from kvpress_merging.kernels import nearest_triton
+
+        nearest_triton.check_runs(keys.device, keys.shape[-1])
+        search, multiples = nearest_triton.search, nearest_triton.MULTIPLES
     shape, device = eviction.evicted.shape, keys.device
     n_heads = shape[0] * shape[1]
     similarity = torch.full((n_heads, shape[-1]), -torch.inf, dtype=torch.float32, device=device)
@@ -108,13 +118,9 @@ def nearest_survivors(
     survivors, evicted = padded_lists(eviction)
     norm = row_norms(keys)
     is_usable = F.pad(has_finite_value & (norm < torch.inf), (0, 1))
-    search, multiples = _search_tiles, (_GROUP, _GROUP)
-    if kernel == "triton":
-        from kvpress_merging.kernels import nearest_triton
-
-        search, multiples = nearest_triton.search, nearest_triton.MULTIPLES
     with full_precision(device):
-        for heads in head_slices(n_heads, 4 * k_len * head_dim, device):
+        # A copy of all keys, and of those of both sides.
+        for heads in head_slices(n_heads, 2 * 4 * k_len * (head_dim + 2), device):
             # Both sides next to each other, each in whole groups; what may not be chosen is nowhere.
             max_survivors, max_evicted = map(max, zip(*counts[heads]))
             sides = survivors[heads, :max_survivors], evicted[heads, :max_evicted]
@@ -196,17 +202,3 @@ def naive_nearest_survivors(
         cosine = cosine.masked_fill(~usable[evicted, None] | ~usable[survivors], -torch.inf)
         similarity[b, h, : len(evicted)], target[b, h, : len(evicted)] = cosine.max(dim=-1)
     return similarity, target
-
-
-def _check_options(keys: torch.Tensor, tile_bytes: int, kernel: str) -> None:
-    """Raise a ValueError for what :func:`nearest_survivors` does not allow."""
-    if tile_bytes < 1:
-        raise ValueError(f"tile_bytes must be at least 1, got {tile_bytes}")
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r}")
-    if kernel == "triton":
-        if find_spec("triton") is None:
-            raise ValueError("kernel='triton' needs triton, which is not installed; use kernel='torch'")
-        from kvpress_merging.kernels import nearest_triton
-
-        nearest_triton.check_runs(keys.device, keys.shape[-1])

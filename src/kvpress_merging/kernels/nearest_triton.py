@@ -27,8 +27,6 @@ MAX_HEAD_DIM = 256
 MULTIPLES = (64, 128)
 """Survivors and evicted positions come in multiples of these: whole blocks, however the kernel is laid out."""
 
-_MIN_HEAD_DIM = 16  # of what tl.dot takes
-
 
 @triton.jit(do_not_specialize=["n_survivors", "n_queries"])  # type: ignore[untyped-decorator]
 def first_best_kernel(  # type: ignore[no-untyped-def]
@@ -115,7 +113,7 @@ def launch_options(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     Chosen so that, for sm_80, sm_90 and sm_100, nothing spills out of the registers and shared memory stays under the
     99 KiB that a block may have on every GPU since Ampere.
     """
-    padded = max(_MIN_HEAD_DIM, triton.next_power_of_2(head_dim))
+    padded = max(16, triton.next_power_of_2(head_dim))  # tl.dot takes no less
     if dtype == torch.float32:
         queries, survivors, stages = 64, 64 if padded <= 128 else 32, 2
     else:

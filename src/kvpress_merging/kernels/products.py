@@ -108,11 +108,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
     where they ask for nothing less. Older versions of PyTorch have fewer of them: those are asked that are there.
     """
     cuda, mkldnn = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
-    flags = (
-        (cuda, "fp32_precision", "ieee"),
-        (mkldnn, "fp32_precision", "ieee"),
-        (cuda, "allow_fp16_accumulation", False),
-    )
+    precision, sums = "fp32_precision", "allow_fp16_accumulation"
+    flags = (cuda, precision, "ieee"), (mkldnn, precision, "ieee"), (cuda, sums, False)
     # The older switch knows of settings made through it alone, and PyTorch refuses to work where the two disagree.
     try:
         older = torch.get_float32_matmul_precision()
