@@ -333,18 +333,18 @@ def test_names_of_special_rows_cover_what_float_arithmetic_stumbles_over():
 @pytest.mark.parametrize(
     ("n_survivors", "n_evicted", "tile_bytes", "shape"),
     [
-        (17, 47, 10**9, (2730, 32, 48)),  # no more than there is, in whole groups of 16; several heads where they fit
-        (16, 48, 10**9, (5461, 16, 48)),
-        (1, 1, 1, (1, 16, 16)),  # never less than one group
-        (10_000, 10_000, 64 * 2**20, (1, 2896, 1440)),  # twice as many survivors as evicted, 16 MiB on a CPU
-        (10_000, 10_000, 2**20, (1, 720, 352)),
-        (10_000, 20, 2**20, (11, 720, 32)),
+        (49, 95, 10**9, (455, 96, 96)),  # no more than there is, in whole groups of 48; several heads where they fit
+        (17, 48, 10**9, (1820, 48, 48)),
+        (1, 1, 1, (1, 48, 48)),  # never less than one group
+        (10_000, 10_000, 64 * 2**20, (1, 2880, 1440)),  # twice as many survivors as evicted, 16 MiB on a CPU
+        (10_000, 10_000, 2**20, (1, 720, 336)),
+        (10_000, 20, 2**20, (7, 720, 48)),
     ],
 )
 def test_a_tile_is_as_large_as_allowed_and_no_larger_than_needed(n_survivors, n_evicted, tile_bytes, shape):
     device = torch.device("cpu")
     assert tile_shape(n_survivors, n_evicted, device, tile_bytes) == shape
-    assert shape[0] * shape[1] * shape[2] * 4 <= max(tile_bytes, 16 * 16 * 4)
+    assert shape[0] * shape[1] * shape[2] * 4 <= max(tile_bytes, 48 * 48 * 4)
 
 
 def test_the_only_survivor_of_a_layer_is_found():
