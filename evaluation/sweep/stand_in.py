@@ -79,21 +79,26 @@ class Watcher:
             layer = kwargs["past_key_values"].layers[module.layer_idx]
             kwargs = {**kwargs, "past_key_values": self.cache}
 
+        own_forward = vars(stand_in).get("forward")
+
+        def put_back() -> None:
+            vars(stand_in).pop("forward", None)
+            if own_forward is not None:
+                stand_in.forward = own_forward
+
         def forward(*given_args: Any, **given_kwargs: Any) -> Any:
+            put_back()  # a press may call the layer's own forward in its hook
             if not _is_same([*args, *kwargs.values()], [*given_args, *map(given_kwargs.get, kwargs)]):
                 raise CannotShareError(f"it changes what a {type(module).__name__} is given")
             if layer is not None:
                 self.cache.update(layer.keys, layer.values, module.layer_idx)  # type: ignore[arg-type]
             return output
 
-        own_forward = vars(stand_in).get("forward")
         stand_in.forward = forward
         try:
             result = stand_in(*args, **kwargs)
         finally:
-            del stand_in.forward
-            if own_forward is not None:
-                stand_in.forward = own_forward
+            put_back()
         if result is not output and (isinstance(output, torch.Tensor) or not _is_same(output, result)):
             raise CannotShareError(f"it changes what a {type(module).__name__} gives")
 

@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -80,6 +83,31 @@ def test_equal_keys_tie_to_the_lowest_survivor_at_every_tile_size(n_survivors, h
     for tile_bytes in (1, 2_000, 9_000, 33_000, 10**6):
         _, target = search(layer, tile_bytes=tile_bytes)
         assert (target == 0).all()
+
+
+def test_equal_keys_tie_however_many_stand_beside_them():
+    for n_survivors in (*range(1, 150, 6), 160, 200, 250, 400):
+        for n_evicted in (1, 17, 30, 47, 64, 100):
+            k_len, generator = n_survivors + n_evicted, torch.Generator().manual_seed(n_survivors)
+            which = torch.randint(0, 3, (2, k_len), generator=generator)
+            keys = torch.randn(3, 64, generator=generator)[which][None]
+            is_survivor = (torch.randperm(k_len, generator=generator) < n_survivors).expand(1, 2, -1)
+            layer = masked(keys, keys, is_survivor, ~is_survivor)
+            _, target = search(layer)
+            for h, (found, survivors, evicted) in enumerate(
+                zip(target[0], layer.eviction.survivors[0], layer.eviction.evicted[0])
+            ):
+                is_same = which[h, evicted][:, None] == which[h, survivors]
+                has_same = is_same.any(dim=1)
+                assert torch.equal(found[has_same], is_same.int().argmax(dim=1)[has_same]), (n_survivors, n_evicted)
+
+
+def test_equal_keys_tie_where_a_cpu_has_no_avx512():
+    """There MKL's products are worked on in blocks of other sizes."""
+    avx2 = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "however_many"]
+    finished = subprocess.run(command, env=os.environ | avx2, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 3_000, 40_000, 10**9])
@@ -248,7 +276,8 @@ def test_nothing_larger_than_a_tile_or_the_keys_of_one_head_is_held(kind):
     if kind == "ragged":
         counts = ((layer.eviction.survivors.shape[-1] - 1, layer.eviction.evicted.shape[-1] - 1),)
         layer.eviction = replace(layer.eviction, counts=counts)
-    float32_keys_of_one_head = (2048 + 1) * 24 * 4  # nowhere among them, and what stands behind each key
+    # Both sides in whole groups of 48, and what stands behind each key.
+    float32_keys_of_one_head = 2 * (1024 + 32) * 24 * 4
     with LargestTensor() as largest:
         nearest_survivors(layer.keys, torch.ones(1, 1, 2048, dtype=torch.bool), layer.eviction, tile_bytes=100_000)
     assert largest.n_bytes <= float32_keys_of_one_head < 900 * 900 * 4
@@ -320,12 +349,12 @@ def test_names_of_special_rows_cover_what_float_arithmetic_stumbles_over():
 @pytest.mark.parametrize(
     ("n_survivors", "tile_bytes", "device", "n_columns"),
     [
-        (1, 1, "cpu", 16),  # never less than one group
-        (17, 4 * 32 * 48, "cpu", 48),  # beside whole groups of survivors
-        (17, 4 * 32 * 48 - 1, "cpu", 32),
-        (2**14, 64 * 2**20, "cpu", 64),  # 4 MiB of a head on a CPU
-        (2**14, 2**20, "cpu", 16),
-        (2**14, 64 * 2**20, "cuda", 1024),
+        (1, 1, "cpu", 48),  # never less than one group
+        (49, 4 * 96 * 144, "cpu", 144),  # beside whole groups of survivors
+        (49, 4 * 96 * 144 - 1, "cpu", 96),
+        (2**13, 64 * 2**20, "cpu", 96),  # 4 MiB of a head on a CPU
+        (2**14, 2**20, "cpu", 48),
+        (2**14, 64 * 2**20, "cuda", 1008),
     ],
 )
 def test_a_tile_has_as_many_columns_as_are_allowed(n_survivors, tile_bytes, device, n_columns):

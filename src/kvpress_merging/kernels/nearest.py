@@ -36,10 +36,11 @@ The allowed values of ``kernel``: ``"torch"`` holds one tile of cosines at a tim
 ``nearest_triton.py``). ``"auto"`` is torch: on no GPU has Triton been measured yet.
 """
 
-# BLAS rounds the last rows and columns of a product differently where they do not fill a vector register. Whole groups
-# of both sides, one AVX-512 register of float32, and of 8 along head_dim (see products.py) give each pair of keys the
-# same cosine wherever it stands in the tile and whatever the tile: equal keys tie exactly.
-_GROUP = 16
+# BLAS rounds the last rows and columns of a product differently where they do not fill the block of its innermost loop:
+# 16 rows of MKL's for AVX-512, but 24 by 6 of its for AVX2, and blocks of two of these. Whole groups of both sides, and
+# of 8 along head_dim (see products.py), give each pair of keys the same cosine wherever it stands in the tile and
+# whatever the tile: equal keys tie exactly.
+_GROUP = 48
 # Of one head's tile on a CPU, as its second cache may hold it. Measured: 1 and 16 MiB are slower.
 _CPU_TILE_BYTES = 4 * 2**20
 
@@ -77,7 +78,7 @@ def nearest_survivors(
     eviction : Eviction
         Which positions survived and which were evicted.
     tile_bytes : int
-        Most bytes that one tile of cosines takes; a tile has at least 16 evicted positions and all survivors of a head.
+        Most bytes that one tile of cosines takes; a tile has at least 48 evicted positions and all survivors of a head.
     kernel : str
         One of :data:`KERNELS`.
 
@@ -147,7 +148,7 @@ def _search_tiles(
     """
     The largest product of each evicted position and the first survivor that has it, one tile at a time.
 
-    ``survivors`` and ``evicted`` are those of some heads, in whole groups of 16; ``counts`` says how many of each are
+    ``survivors`` and ``evicted`` are those of some heads, in whole groups of 48; ``counts`` says how many of each are
     no padding. Yielded are heads, evicted positions, what is largest, float32, and which survivor has it, int64.
     """
     device = evicted.rows.device
