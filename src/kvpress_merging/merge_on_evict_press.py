@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from kvpress_merging.checks import check_folded, evicts_no_positions
 from kvpress_merging.eviction import Eviction
+from kvpress_merging.following.entering import entered
 from kvpress_merging.following.model import layer_index
 from kvpress_merging.following.state import Memory
 from kvpress_merging.following.watch import Watch
@@ -178,7 +179,7 @@ class MergeOnEvictPress(PressWrapper):
         RuntimeWarning
             If a layer of the cache keeps no keys and values that can be followed: what is evicted from it is lost.
         """
-        with self._watch().on(model):
+        with entered(self._watch(), model):
             yield
 
     def forward_hook(

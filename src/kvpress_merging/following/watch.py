@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the kvpress-merging authors
 # SPDX-License-Identifier: Apache-2.0
-"""One press at work on one model: what it evicts is seen, and merged before it is gone."""
+"""One press at work on the layers of one model: what it evicts is seen, and merged before it is gone."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -15,14 +15,14 @@ from typing import Any, TypeAlias
 import torch
 from kvpress import BasePress
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from kvpress_merging.checks import not_followed, refuse_what_the_press_gets_wrong
 from kvpress_merging.following.cache import OpenLayer, is_followed, layer_length, open_layer, tokens_seen
-from kvpress_merging.following.model import attention_modules, decoder_layers, layer_index, only_looking
+from kvpress_merging.following.model import layer_index
 from kvpress_merging.following.state import LayerState, Masks, Memory, is_same, masks_on
-from kvpress_merging.following.undo import EnteredModel, Snapshot
+from kvpress_merging.following.undo import Snapshot
 from kvpress_merging.wrapping import nested_presses
 
 Tensors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
@@ -49,91 +49,6 @@ class Watch:
     # The last TypeError of a hook, and the cache of that forward pass.
     failure: tuple[TypeError, Cache] | None = None
 
-    @contextmanager
-    def on(self, model: PreTrainedModel) -> Generator[None, None, None]:
-        """Enter the press on ``model``, and see to it that both are as they were should anything fail."""
-        entered, presses = EnteredModel(model), Snapshot(*nested_presses(self.press))
-        inner = ExitStack()  # leaves the press's context once, whatever happens
-        try:
-            inner.enter_context(self.press(model))
-            presses = Snapshot(*nested_presses(self.press))  # what the press has loaded by now stays
-            handles = self._put_hooks(model, entered.new_hooks())
-            entered.hooks = entered.new_hooks()
-            yield
-            for handle in handles:
-                handle.remove()
-            self._leave(model, inner)
-            entered.take_off_leavings()
-        except BaseException:
-            layers = [open_layer(cache, layer_index(module)) for module, cache in self.seen.items()]
-            unchanged = Snapshot(*model.modules(), layers=layers)
-            is_swallowed: bool | None = False
-            with suppress(BaseException):
-                for layer in layers:
-                    layer.open()
-                is_swallowed = inner.__exit__(*sys.exc_info())
-            unchanged.restore()
-            entered.take_off()
-            presses.restore()
-            if not is_swallowed:
-                raise
-
-    def _put_hooks(self, model: PreTrainedModel, hooks_of_press: list[tuple[dict[int, Any], int]]) -> list[Any]:
-        uncompiled: Callable[..., Any] = torch.compiler.disable  # a compiled model leaves its graph for such a hook
-        modules = attention_modules(model)
-        handles = []
-        for module in modules:
-            for number in [number for hooks, number in hooks_of_press if hooks is module._forward_hooks]:
-                hook: Any = module._forward_hooks[number]
-                if number not in module._forward_hooks_with_kwargs:  # what follows it takes keyword arguments
-                    module._forward_hooks_with_kwargs[number] = True
-                    hook = _without_kwargs(hook)
-                module._forward_hooks[number] = uncompiled(self.follow_hook(hook))
-                self.hooked.add(module)
-            handles.append(module.register_forward_pre_hook(uncompiled(self._check_cache), with_kwargs=True))
-            # Runs before the press's hook, which may shrink the layer or fail.
-            handles.append(module.register_forward_hook(uncompiled(self.look), with_kwargs=True, prepend=True))
-        for layer, module in zip(decoder_layers(model), modules):
-            settle = only_looking(lambda layer, args, output, module=module: self._settle(module))
-            handles.append(layer.register_forward_hook(settle, prepend=True))
-        for module in {model, getattr(model, "model", model)}:
-            handles.append(module.register_forward_hook(only_looking(self._check_unseen)))
-        self.hooked = self.hooked or set(modules)
-        return handles
-
-    def _leave(self, model: PreTrainedModel, inner: ExitStack) -> None:
-        """Leave the press's context, in which it may evict, and merge what it evicted then."""
-        modules = {module: open_layer(cache, layer_index(module)) for module, cache in self.seen.items()}
-        masks_before = {module: self.memory.states[module].masks_on(module) for module in modules}
-        for module, layer in modules.items():
-            if self.memory.states[module].find_rows(self.press, module, layer.layer) is not None:
-                raise ValueError(
-                    f"rows of layer {layer_index(module)} of the cache were moved since the last forward pass, and "
-                    f"{type(self.press).__name__} may evict now: leave its context first, or after one more pass"
-                )
-        handles = []
-        with Snapshot(*model.modules(), *map(self.memory.states.get, modules), layers=modules.values()):
-            for module, layer in modules.items():
-                layer.open()
-                # The press may run the model to score: that is none of our business. From then on it works on plain
-                # tensors, and what it evicts is seen from its masks.
-                handles.append(module.register_forward_pre_hook(lambda module, args, layer=layer: layer.close()))
-            try:
-                inner.__exit__(None, None, None)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for module, layer in modules.items():
-                state = self.memory.states[module]
-                limit = state.context_length - state.n_forgotten
-                if layer.is_closed:
-                    layer = open_layer(self.seen[module], layer_index(module))
-                    layer.open()
-                    if layer.lengths()[0] < min(limit, state.k_len):
-                        raise not_followed(self.press)
-                self._merge(module, layer, masks_before[module], None, {}, limit)
-                state.note_rows(self.seen[module].layers[layer_index(module)])
-
     # Each forward pass of a layer.
 
     def look(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -150,9 +65,8 @@ class Watch:
         is_prefill = tokens_seen(layer) == q_len  # as kvpress's, without reading from the device
         state = self.memory.state_of(module, cache)
         if not self.hooked and state is not None and not is_prefill:
-            state = self._follow_cache(
-                module, state, layer, n_new=q_len
-            )  # by hand: no hook of ours ran before the pass
+            # By hand: no hook of ours ran before the pass.
+            state = self._follow_cache(module, state, layer, n_new=q_len)
         is_new = is_prefill or state is None
         if is_prefill:
             refuse_what_the_press_gets_wrong(self.press, cache, bsz)
@@ -240,9 +154,9 @@ class Watch:
         with Snapshot(module, state, *nested_presses(self.press), layers=[layer]):
             layer.open()
             yield
-            self._merge(module, layer, masks_before, hidden_states, kwargs, limit=None)
+            self.commit(module, layer, masks_before, hidden_states, kwargs, limit=None)
 
-    def _merge(
+    def commit(
         self,
         module: nn.Module,
         layer: OpenLayer,
@@ -280,7 +194,7 @@ class Watch:
             self.failure = error, cache
             raise
 
-    def _check_cache(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def before_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """
         Follow what became of a cache since the last pass; refuse to go on where masks do not, or in a second pass.
 
@@ -318,7 +232,7 @@ class Watch:
             self.rearrange(module, index, n_cut)
         return state
 
-    def _check_unseen(self, model: nn.Module, args: Any, output: Any) -> None:
+    def check_unseen(self, model: nn.Module, args: Any, output: Any) -> None:
         """Refuse an eviction from a layer that was made elsewhere than in the layer's own hook."""
         for module, (k_len, masks) in self.ran.items():
             if self._length(module) < k_len or not is_same(masks_on(module), masks):
@@ -329,7 +243,7 @@ class Watch:
                     "without merging"
                 )
 
-    def _settle(self, module: nn.Module) -> None:
+    def settle(self, module: nn.Module) -> None:
         """Note a layer as all hooks on its attention have left it, those of presses around this one too."""
         if module in self.seen:
             self.ran[module] = (self._length(module), masks_on(module))
@@ -337,7 +251,3 @@ class Watch:
 
     def _length(self, module: nn.Module) -> int:
         return layer_length(self.seen[module].layers[layer_index(module)])
-
-
-def _without_kwargs(hook: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda module, args, kwargs, output: hook(module, args, output)

@@ -153,10 +153,8 @@ def _search_tiles(
     """
     device = evicted.rows.device
     for heads, n_survivors, n_evicted in alike_heads(counts, _bytes_of_cosines, device, tile_bytes):
-        of_survivors, step = (
-            survivors.part(heads, slice(_whole(n_survivors))),
-            tile_columns(n_survivors, device, tile_bytes),
-        )
+        of_survivors = survivors.part(heads, slice(_whole(n_survivors)))
+        step = tile_columns(n_survivors, device, tile_bytes)
         for first in range(0, n_evicted, step):
             stop = min(first + step, n_evicted)
             tile = multiply(of_survivors.rows, evicted.rows[heads, first : _whole(stop)].mT)
