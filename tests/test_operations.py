@@ -10,9 +10,9 @@ pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra 'eval'"
 from evaluation.speed.operations import operations_per_layer
 
 MAX_OPERATIONS = {
-    ("merging", "even"): 70,
+    ("merging", "even"): 75,
     ("merging", "ragged"): 90,
-    ("matching", "even"): 140,
+    ("matching", "even"): 155,
     ("matching", "ragged"): 170,
 }
 
