@@ -444,7 +444,7 @@ def test_soft_caps_and_sinks_reach_the_kernel(monkeypatch, llama):
 
     def watched(*args, key_ridge, softcap, sinks):
         given.append((softcap, sinks))
-        return match(*args, key_ridge=key_ridge)
+        return match(*args, key_ridge=key_ridge, softcap=softcap, sinks=sinks)
 
     monkeypatch.setattr(press_module, "ask", with_both)
     monkeypatch.setattr(press_module, "attention_match", watched)

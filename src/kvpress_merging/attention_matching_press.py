@@ -149,7 +149,6 @@ class AttentionMatchingPress(MergeOnEvictPress):
             if rotates_keys(self.press):
                 kept_queries, _ = self._ask(module, inputs, seen.kwargs, kept_keys.shape[2] - 1).of_heads(heads)
             kept_queries = kept_queries * (kept_keys != 0).any(dim=2, keepdim=True)
-        given = {"softcap": asked.softcap, "sinks": sinks}
         match = attention_match(
             keys,
             values,
@@ -159,7 +158,8 @@ class AttentionMatchingPress(MergeOnEvictPress):
             kept_queries,
             eviction,
             key_ridge=self.key_ridge,
-            **{name: value for name, value in given.items() if value is not None},
+            softcap=asked.softcap,
+            sinks=sinks,
         )
         self.report.record_fit(
             layer_index(module),
