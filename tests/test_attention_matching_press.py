@@ -168,7 +168,8 @@ def given(monkeypatch):
         layers.append(module.layer_idx)
         return fold(self, module, *args, **kwargs)
 
-    def watched_match(*args, key_ridge):
+    def watched_match(*args, key_ridge, softcap, sinks):
+        assert (softcap, sinks) == (None, None)  # of these models
         copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
         made = match(*args, key_ridge=key_ridge)
         assert layers[-1] not in by_layer
