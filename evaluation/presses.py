@@ -94,8 +94,8 @@ def choose_attention(config: EvaluationConfig, press: BasePress | None, model: P
     The transformers implementation of attention to use, as kvpress's evaluation chooses.
 
     An ``ObservedAttentionPress``, at whatever depth, needs attention weights: ``"eager"``; kvfold a mask that is added:
-    ``"sdpa"``. A model in half precision on
-    a GPU gets FlashAttention 2 where it is installed, unless ``model_kwargs`` say otherwise.
+    ``"sdpa"``. A model in half precision on a GPU gets FlashAttention 2 where it is installed, unless ``model_kwargs``
+    say otherwise.
     """
     if press is not None and any(isinstance(inner, ObservedAttentionPress) for inner in nested_presses(press)):
         return "eager"

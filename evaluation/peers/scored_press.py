@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from kvpress_merging import Eviction, MergeOnEvictPress
 from kvpress_merging.following.model import layer_index
 from kvpress_merging.following.tracing import plain
+from kvpress_merging.kernels.rows import padded_lists
 from kvpress_merging.wrapping import nested_presses
 
 
@@ -117,16 +118,8 @@ class ScoredPress(MergeOnEvictPress):
 
 def real_entries(eviction: Eviction) -> tuple[torch.Tensor, torch.Tensor]:
     """Which entries of ``eviction.survivors`` and of ``eviction.evicted`` are no padding; bool, of their shapes."""
-    lists = (eviction.survivors, eviction.evicted)
-    if eviction.counts is None:
-        are_real = [torch.ones_like(positions, dtype=torch.bool) for positions in lists]
-    else:
-        counts = torch.tensor(eviction.counts, device=lists[0].device).view(*lists[0].shape[:2], 2)
-        are_real = [
-            torch.arange(positions.shape[-1], device=positions.device) < counts[..., i, None]
-            for i, positions in enumerate(lists)
-        ]
-    return are_real[0], are_real[1]
+    survivors, evicted = (padded < eviction.k_len for padded in padded_lists(eviction))
+    return survivors.view(eviction.survivors.shape), evicted.view(eviction.evicted.shape)
 
 
 def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

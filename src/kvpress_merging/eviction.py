@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -89,30 +89,6 @@ class Eviction:
         for head, (n, m) in enumerate(self.counts or ((n_survivors, n_evicted),) * (bsz * num_key_value_heads)):
             b, h = divmod(head, num_key_value_heads)
             yield b, h, self.survivors[b, h, :n], self.slots[b, h, :n], self.evicted[b, h, :m]
-
-    def of_row(self, row: int) -> Eviction:
-        """
-        The eviction of one batch row, as a batch of one.
-
-        Parameters
-        ----------
-        row : int
-            The row of the batch.
-
-        Returns
-        -------
-        Eviction
-            Its tensors are views of this one's.
-        """
-        num_key_value_heads = self.survivors.shape[1]
-        heads = slice(row * num_key_value_heads, (row + 1) * num_key_value_heads)
-        return replace(
-            self,
-            survivors=self.survivors[row : row + 1],
-            slots=self.slots[row : row + 1],
-            evicted=self.evicted[row : row + 1],
-            counts=None if self.counts is None else self.counts[heads],
-        )
 
     @classmethod
     def from_kept(cls, positions: torch.Tensor, k_len: int) -> Eviction:
