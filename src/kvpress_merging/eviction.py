@@ -62,6 +62,12 @@ class Eviction:
         return self.counts is not None
 
     @property
+    def counts_of_heads(self) -> tuple[tuple[int, int], ...]:
+        """``counts``, or where that is None what all heads have: a pair for each, in the same order."""
+        widths = self.survivors.shape[-1], self.evicted.shape[-1]
+        return self.counts or (widths,) * self.survivors.shape[:2].numel()
+
+    @property
     def n_evicted(self) -> int:
         """Evicted positions, summed over batch rows and heads."""
         if self.counts is None:
@@ -85,9 +91,8 @@ class Eviction:
             Batch row, head, and of that head the survivors, their slots and the evicted positions, int64, shape
             ``(n,)``.
         """
-        (bsz, num_key_value_heads, n_survivors), n_evicted = self.survivors.shape, self.evicted.shape[-1]
-        for head, (n, m) in enumerate(self.counts or ((n_survivors, n_evicted),) * (bsz * num_key_value_heads)):
-            b, h = divmod(head, num_key_value_heads)
+        for head, (n, m) in enumerate(self.counts_of_heads):
+            b, h = divmod(head, self.survivors.shape[1])
             yield b, h, self.survivors[b, h, :n], self.slots[b, h, :n], self.evicted[b, h, :m]
 
     @classmethod

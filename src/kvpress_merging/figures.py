@@ -85,9 +85,8 @@ def pairs_to_frame(number: int, eviction: Eviction, merges: Merges) -> pd.DataFr
     import pandas as pd
 
     target, n_survivors = merges[2:]
-    bsz, num_key_value_heads, n_evicted = eviction.evicted.shape
-    counts = eviction.counts or ((0, n_evicted),) * (bsz * num_key_value_heads)
-    is_real = np.arange(n_evicted) < np.array([n for _, n in counts])[:, None]
+    num_key_value_heads, n_evicted = eviction.evicted.shape[1:]
+    is_real = np.arange(n_evicted) < np.array([n for _, n in eviction.counts_of_heads])[:, None]
     row = np.nonzero(is_real)[0]
     # Without any survivor there is nothing for a target to point at.
     survivors = eviction.survivors.gather(-1, target) if n_survivors else target

@@ -18,7 +18,7 @@ from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels import match_heads as steps
 from kvpress_merging.kernels.nearby import block_length, naive_nearest_nearby
 from kvpress_merging.kernels.products import full_precision
-from kvpress_merging.kernels.rows import alike_heads, counts_of, flat_rows, padded_lists
+from kvpress_merging.kernels.rows import alike_heads, flat_rows, padded_lists
 
 # Squared error of output and mass, relative to the output's square: what losing everything leaves.
 _MAX_ERROR = 2.0
@@ -138,7 +138,7 @@ def attention_match(
         The survivors' keys and values, and how well they stand for what was evicted.
     """
     shape, n_slots = kept_keys.shape[:2], kept_keys.shape[2]
-    n_heads, counts = shape[0] * shape[1], counts_of(eviction)
+    n_heads, counts = shape[0] * shape[1], eviction.counts_of_heads
     is_fitted = torch.zeros(n_heads, dtype=torch.bool, device=keys.device)
     errors = torch.zeros(3, n_heads, dtype=torch.float32, device=keys.device)
     if eviction.n_survivors == 0 or eviction.n_evicted == 0:

@@ -21,7 +21,6 @@ from kvpress_merging.kernels.products import Side, full_precision, multiply, sca
 from kvpress_merging.kernels.rows import (
     DEFAULT_TILE_BYTES,
     alike_heads,
-    counts_of,
     first_max,
     flat_rows,
     gather_rows,
@@ -115,7 +114,7 @@ def nearest_survivors(
         return similarity.view(shape), target.view(shape)
 
     keys, has_finite_value = keys.flatten(0, 1), has_finite_value.flatten(0, 1)
-    (k_len, head_dim), counts = keys.shape[1:], counts_of(eviction)
+    (k_len, head_dim), counts = keys.shape[1:], eviction.counts_of_heads
     survivors, evicted = padded_lists(eviction)
     norm = row_norms(keys)
     is_usable = F.pad(has_finite_value & (norm < torch.inf), (0, 1))

@@ -69,12 +69,6 @@ def alike_heads(
         yield slice(start, len(sizes)), *widest
 
 
-def counts_of(eviction: Eviction) -> Sequence[tuple[int, int]]:
-    """How many survivors and evicted positions each head has, in the order of :attr:`Eviction.counts`."""
-    widths = eviction.survivors.shape[-1], eviction.evicted.shape[-1]
-    return eviction.counts or (widths,) * eviction.survivors.shape[:2].numel()
-
-
 def padded_lists(eviction: Eviction, n_slots: int | None = None) -> list[torch.Tensor]:
     """
     Survivors and evicted positions with padding at ``k_len``, and slots with padding at ``n_slots``, if that is given.
