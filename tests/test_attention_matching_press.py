@@ -518,5 +518,5 @@ def test_the_report_tells_what_was_fitted(llama):
         assert 0 <= row["error_after"] <= row["error_before"]
         assert (row["kept"], row["evicted"]) == (96, 96)
         assert row["n_queries"] == 40
-    assert "heads matched; squared error of the attention output" in str(press.report)
-    assert {"heads", "heads_fitted", "error_before", "error_after"} <= set(press.report.to_frame().columns)
+    assert "heads matched, 0 places exchanged; squared error of the attention output" in str(press.report)
+    assert {"heads", "heads_fitted", "exchanged", "error_before", "error_after"} <= set(press.report.to_frame().columns)

@@ -12,8 +12,8 @@ from evaluation.speed.operations import operations_per_layer
 MAX_OPERATIONS = {
     ("merging", "even"): 75,
     ("merging", "ragged"): 90,
-    ("matching", "even"): 155,
-    ("matching", "ragged"): 170,
+    ("matching", "even"): 240,
+    ("matching", "ragged"): 250,
 }
 
 

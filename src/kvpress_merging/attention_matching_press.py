@@ -34,11 +34,12 @@ class AttentionMatchingPress(MergeOnEvictPress):
     Match attention on evict: shift the survivors' keys and values so that attention over them gives what it gave.
 
     The layer is asked for a few reference queries: those of positions all over its own input, as it would ask them from
-    where the context ends. Each evicted position is counted to the survivor nearby whose key and value are most like
-    its own. The survivor becomes the mean of what it now stands for, keys and values, weighted by attention; a ridge
-    regression then shifts its key from that mean so far that it attracts what those counted to it did, as the reference
-    queries see it. Which positions survive is the inner press's choice alone. See
-    :func:`kvpress_merging.kernels.match.attention_match`.
+    where the context ends. Where two survivors are almost the same, one gives its place to an evicted position that is
+    like no survivor; everything else is counted to the position nearby, of those that have a place, whose key and value
+    are most like its own. That one becomes the mean of what it now stands for, keys and values, weighted by attention;
+    a ridge regression then shifts its key from that mean so far that it attracts what those counted to it did, as the
+    reference queries see it. How many positions survive is the inner press's choice alone, and which, but for those
+    that gave their place away. See :func:`kvpress_merging.kernels.match.attention_match`.
 
     After [Fast KV Compaction via Attention Matching](https://arxiv.org/abs/2602.16284), which fits a bias per key where
     this shifts the key, so that no attention kernel has to change, and values by regression where these are means;
@@ -165,6 +166,7 @@ class AttentionMatchingPress(MergeOnEvictPress):
             layer_index(module),
             eviction,
             match.is_fitted,
+            match.n_exchanged,
             match.eviction_error,
             match.matching_error,
             match.output_norm,

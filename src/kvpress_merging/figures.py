@@ -31,7 +31,7 @@ class Layer:
     n_evicted: int = 0
     n_queries: int | None = None
     merges: list[Merges] = field(default_factory=list)
-    # Of each head: whether it lost positions, whether it took the fit, both errors and the output's norm.
+    # Of each head: whether it lost positions, whether it took the fit, how many took a place, both errors and the norm.
     heads: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
     pairs: list[tuple[Eviction, Merges]] = field(default_factory=list)
 
@@ -50,11 +50,12 @@ class Layer:
         row["most_merges"] = 0
         if self.heads:
             has_lost, *heads = (column.cpu() for column in self.heads[0])
-            is_fitted, of_eviction, of_matching, norm = (column[has_lost] for column in heads)
+            is_fitted, exchanged, of_eviction, of_matching, norm = (column[has_lost] for column in heads)
             error_before, error_after = (relative_square(e.double(), norm.double()) for e in (of_eviction, of_matching))
             # What a head is left with: matching's error where it took that.
             error_after = torch.where(is_fitted, error_after, error_before)
             row |= {"heads": len(is_fitted), "heads_fitted": int(is_fitted.sum()), "n_queries": self.n_queries}
+            row["exchanged"] = int(exchanged[is_fitted].sum())
             row |= {"error_before": float(error_before.mean()), "error_after": float(error_after.mean())}
         if self.merges:
             columns = [column.flatten().cpu().double().numpy() for column in self.merges[0][:3]]
@@ -107,7 +108,8 @@ def in_words(rows: list[dict[str, Any]]) -> str:
     if matched := [row for row in rows if "heads" in row]:
         heads, n_matched = (sum(row[name] for row in matched) for name in ("heads", "heads_fitted"))
         before, after = (_mean(matched, name, "heads") for name in ("error_before", "error_after"))
-        line += f"{kept} kept, {n_matched} of {heads} heads matched; "
+        exchanged = sum(row["exchanged"] for row in matched)
+        line += f"{kept} kept, {n_matched} of {heads} heads matched, {exchanged} places exchanged; "
         return line + f"squared error of the attention output {before:.1%} before, {after:.1%} after"
     line += f"{merged} merged ({merged / evicted:.0%}) into {kept} kept"
     if rows := [row for row in rows if row["merged"]]:

@@ -42,6 +42,8 @@ class MergeReport:
 
     - ``heads``, ``heads_fitted``: heads (times batch rows and evictions) that lost positions, and those of them that
       took the fit;
+    - ``exchanged``: evicted positions that took the place of a survivor in these, see
+      :func:`kvpress_merging.kernels.nearby.exchange`;
     - ``error_before``, ``error_after``: their mean squared error of the attention output over reference queries,
       relative to the output's, as eviction leaves it and as it is left in the end;
     - ``n_queries``: reference queries per head that the last fit was made for.
@@ -128,6 +130,7 @@ class MergeReport:
         layer_idx: int,
         eviction: Eviction,
         is_fitted: torch.Tensor,
+        n_exchanged: torch.Tensor,
         eviction_error: torch.Tensor,
         matching_error: torch.Tensor,
         output_norm: torch.Tensor,
@@ -141,15 +144,15 @@ class MergeReport:
         ----------
         layer_idx, eviction : int, Eviction
             As in :meth:`record`.
-        is_fitted, eviction_error, matching_error, output_norm : torch.Tensor
+        is_fitted, n_exchanged, eviction_error, matching_error, output_norm : torch.Tensor
             As :func:`kvpress_merging.kernels.match.attention_match` returns them, which are kept.
         n_queries : int, optional
             How many reference queries per head it was made for.
         """
         self._layers[layer_idx].n_queries = n_queries
         has_lost = [n > 0 for _, n in eviction.counts] if eviction.counts else [True] * is_fitted.numel()
-        heads = (torch.tensor(has_lost, device="cpu"), is_fitted, eviction_error, matching_error, output_norm)
-        self._layers[layer_idx].heads.append(heads)
+        heads = (is_fitted, n_exchanged, eviction_error, matching_error, output_norm)
+        self._layers[layer_idx].heads.append((torch.tensor(has_lost, device="cpu"), *heads))
 
     def to_dict(self) -> dict[int, dict[str, Any]]:
         """One dict of figures per layer, by layer index; see the class for their names."""

@@ -186,10 +186,18 @@ def oracle(
         of_logits = (math.fsum(products) + unit * math.fsum(x * x for x in difference)) / n_queries
         return of_logits + 4 * math.fsum((x - y) ** 2 for x, y in zip(values[i], values[j])) / mean_square
 
-    counted_to = {i: min(survivors, key=lambda j: distance(i, j)) for i in evicted}
+    place_of = {j: j for j in survivors}
+    nearest = {i: min((j for j in survivors if j != i), key=lambda j: distance(i, j)) for i in share}
+    apart, away = ({i: distance(i, nearest[i]) for i in side} for side in (survivors, evicted))
+    spare = sorted((j for j in survivors if nearest[j] < j), key=apart.get)
+    for j, i in zip(spare, sorted(evicted, key=away.get, reverse=True)):
+        if away[i] > 4 * apart[j]:
+            place_of[i] = place_of.pop(j)
+    counted_to = {i: place_of[min(place_of, key=lambda j: distance(i, j))] for i in share if i not in place_of}
+    counted_to |= place_of
     mean_keys, mean_values = [], []
     for j in survivors:
-        weight = {i: share[i] + 1e-3 for i in share if i == j or counted_to.get(i) == j}
+        weight = {i: share[i] + 1e-3 for i in share if counted_to[i] == j}
         total = math.fsum(weight.values())
         for means, rows in ((mean_keys, keys), (mean_values, values)):
             means.append([math.fsum(w * rows[i][d] for i, w in weight.items()) / total for d in range(len(rows[0]))])

@@ -176,7 +176,7 @@ def blend_somewhere(watch):
 def match_somewhere(watch):
     layer = random_layer(1, 1, 50, 20)
     queries = random_rows(1, 1, 7, 8, seed=1)
-    with mock.patch.object(match_heads, "nearest_nearby", watch(match_heads.nearest_nearby)):
+    with mock.patch.object(match_heads, "clusters", watch(match_heads.clusters)):
         tensors = (layer.keys, layer.values, layer.kept_keys, layer.kept_values)
         attention_match(*tensors, queries, queries, layer.eviction, key_ridge=0.1)
 

@@ -16,7 +16,7 @@ import torch
 
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels import match_heads as steps
-from kvpress_merging.kernels.nearby import block_length, naive_nearest_nearby
+from kvpress_merging.kernels.nearby import block_length, naive_clusters
 from kvpress_merging.kernels.products import full_precision
 from kvpress_merging.kernels.rows import alike_heads, flat_rows, padded_lists
 
@@ -36,6 +36,9 @@ class Match:
         result keep its bits.
     is_fitted : torch.Tensor
         Which heads took what matching gave, bool, shape ``(bsz, num_key_value_heads)``.
+    n_exchanged : torch.Tensor
+        How many survivors gave their place to an evicted position, also where a head did not take the fit; int64, same
+        shape.
     eviction_error, matching_error : torch.Tensor
         Root of the squared error of the attention output over the reference queries, as eviction leaves it and as
         matching does; float32, same shape. 0 where nothing was evicted.
@@ -46,6 +49,7 @@ class Match:
     keys: torch.Tensor
     values: torch.Tensor
     is_fitted: torch.Tensor
+    n_exchanged: torch.Tensor
     eviction_error: torch.Tensor
     matching_error: torch.Tensor
     output_norm: torch.Tensor
@@ -86,17 +90,22 @@ def attention_match(
     For each head, with ``p_rj`` the attention of reference query r to position j of the full cache and
     ``O_r = sum_j p_rj v_j``:
 
-    1. *clusters*. Each evicted position i is counted to the survivor j whose logits and value are most like its own, of
-       some that are near it in the context (:func:`kvpress_merging.kernels.nearby.nearest_nearby`): the one with the
-       least ``(k_i - k_j)^T (Q^T W Q + u I) (k_i - k_j) / n_queries + 4 |v_i - v_j|^2 / mean |v|^2``, with ``u`` the
-       mean of the diagonal of ``Q^T W Q``. ``W`` is diagonal: the more of its output a query lost, the more it weighs,
-       ``w_r = (1 + e_r / mean e) / 2`` with ``e_r`` the squared error of eviction for query r.
-    2. *means*. Survivor j now stands for all that was counted to it, so its value becomes the mean of those values,
-       ``v'_j = (f_j v_j + sum_i f_i v_i) / (f_j + sum_i f_i)``, and ``k'_j`` is the same mean of their keys. A position
+    1. *clusters*. The squared distance of two positions is
+       ``(k_i - k_j)^T (Q^T W Q + u I) (k_i - k_j) / n_queries + 4 |v_i - v_j|^2 / mean |v|^2``, with ``u`` the mean of
+       the diagonal of ``Q^T W Q``. ``W`` is diagonal: the more of its output a query lost, the more it weighs,
+       ``w_r = (1 + e_r / mean e) / 2`` with ``e_r`` the squared error of eviction for query r. Where two survivors are
+       the nearest to each other, one of them gives its place to an evicted position that is at least twice as far from
+       every survivor (:func:`kvpress_merging.kernels.nearby.exchange`), nearest pairs and farthest positions first.
+       Each position without a place is then counted to the nearest that has one, of some that are near it in the
+       context (:func:`kvpress_merging.kernels.nearby.nearest_nearby`). Where the press rewrote the survivors' keys no
+       place is given away, since there is no such key of an evicted position.
+    2. *means*. Survivor j now stands for the position c that has its place, itself as a rule, and for all that was
+       counted to that, so its value becomes the mean of those values, ``v'_j = (f_c v_c + sum_i f_i v_i) / (f_c + sum_i
+       f_i)``, and ``k'_j`` is the same mean of their keys. A position
        weighs ``f = m + 1e-3``, with m its mean attention from the reference queries: what they look at decides, and
        where they look at nothing all count alike.
-    3. *mass*. The logit of survivor j should grow, for query r, by ``d_rj = log((p_rj + sum_i p_ri) / p_rj)`` over the
-       i counted to j. The shift of its key that does so best is a ridge regression,
+    3. *mass*. The logit of survivor j should grow, for query r, by ``d_rj = log((p_rc + sum_i p_ri) / p_rj)`` over the
+       i counted to c. The shift of its key that does so best is a ridge regression,
        ``D_j = (Q^T W Q + a I)^-1 (Q^T W d_j + a (k'_j - k_j))``, one factorization for all survivors. The ridge pulls
        towards the mean key: to a query unlike all reference queries, the survivor looks as what was counted to it does
        on average. Where the press rewrote the survivors' keys the mean does not belong, and it pulls towards the key as
@@ -140,9 +149,11 @@ def attention_match(
     shape, n_slots = kept_keys.shape[:2], kept_keys.shape[2]
     n_heads, counts = shape[0] * shape[1], eviction.counts_of_heads
     is_fitted = torch.zeros(n_heads, dtype=torch.bool, device=keys.device)
+    n_exchanged = torch.zeros(n_heads, dtype=torch.int64, device=keys.device)
     errors = torch.zeros(3, n_heads, dtype=torch.float32, device=keys.device)
     if eviction.n_survivors == 0 or eviction.n_evicted == 0:
-        return Match(kept_keys.clone(), kept_values.clone(), is_fitted.view(shape), *errors.view(3, *shape))
+        of_heads = is_fitted.view(shape), n_exchanged.view(shape), *errors.view(3, *shape)
+        return Match(kept_keys.clone(), kept_values.clone(), *of_heads)
     survivors, evicted, slots = padded_lists(eviction, n_slots)
     layer = [part.flatten(0, 1) for part in (keys, values, kept_keys, queries, kept_queries)]
     # With a row more behind the last: nowhere.
@@ -152,14 +163,14 @@ def attention_match(
     n_channels = keys.shape[3] + values.shape[3]
 
     def bytes_of(n_survivors: int, n_evicted: int) -> int:
-        """Keys and values of all positions, and those of the survivors twice: as they are, and as they become."""
-        return 4 * n_channels * (eviction.k_len + 2 * n_survivors)
+        """Keys and values of all positions, also as measured, and the survivors' as they are, and as they become."""
+        return 4 * n_channels * 2 * (eviction.k_len + n_survivors)
 
     for block, n_survivors, n_evicted in alike_heads(counts, bytes_of, keys.device):
         of_sinks = None if sinks is None else sinks.flatten(0, 1)[block]
         lists = survivors[block, :n_survivors], evicted[block, :n_evicted], slots[block, :n_survivors]
         with full_precision(keys.device):
-            *matched, of_heads = steps.match_heads(
+            *matched, of_heads, exchanged = steps.match_heads(
                 (*(part[block] for part in layer), of_sinks),  # type: ignore[arg-type]
                 lists,
                 counts[block],
@@ -173,7 +184,7 @@ def attention_match(
         if kept_keys.dtype == torch.float16:  # which may have no room for it
             for rows in matched:
                 fits &= rows.sum(dim=(1, 2), dtype=torch.float32).abs() < torch.inf
-        is_fitted[block], errors[:, block] = fits, of_heads
+        is_fitted[block], n_exchanged[block], errors[:, block] = fits, exchanged, of_heads
         is_put = fits[:, None] & (lists[2] < n_slots)
         to_row = torch.where(is_put, flat_slots[block, : is_put.shape[1]], n_heads * n_slots).flatten()
         for kept, rows in zip(new, matched):
@@ -182,6 +193,7 @@ def attention_match(
         new[0][:-1].view(kept_keys.shape),
         new[1][:-1].view(kept_values.shape),
         is_fitted.view(shape),
+        n_exchanged.view(shape),
         *errors.view(3, *shape),
     )
 
@@ -204,6 +216,7 @@ def naive_attention_match(
     """
     new_keys, new_values = kept_keys.clone(), kept_values.clone()
     is_fitted = torch.zeros(kept_keys.shape[:2], dtype=torch.bool)
+    n_exchanged = torch.zeros(kept_keys.shape[:2], dtype=torch.int64)
     eviction_error, matching_error, output_norm = torch.zeros(3, *kept_keys.shape[:2], dtype=torch.float32)
     for b, h, survivors, slots, evicted in eviction.heads():
         if len(survivors) == 0 or len(evicted) == 0:
@@ -228,25 +241,28 @@ def naive_attention_match(
         identity = torch.eye(q.shape[1], dtype=q.dtype)
         gram = q.T @ (weight[:, None] * q)
         some_values = torch.cat([old_values, all_values[evicted]])
-        target = naive_nearest_nearby(
-            all_keys[survivors],
-            all_keys[evicted],
-            old_values,
-            all_values[evicted],
-            torch.searchsorted(survivors, evicted),
+        centres, place = naive_clusters(
+            all_keys,
+            all_values,
+            survivors,
+            evicted,
             gram + steps.METRIC_RIDGE * gram.diagonal().mean() * identity,
             steps.VALUE_WEIGHT * len(q) / some_values.square().sum(dim=1).mean().clamp(min=steps.MIN_SQUARE),
             block_length(eviction.n_survivors, eviction.n_evicted),
+            exchange=not eviction.keys_rewritten,
         )
+        n_exchanged[b, h] = (~torch.isin(centres, survivors)).sum()
         fitted_values, pull = old_values.clone(), torch.zeros_like(old_keys)
+        all_mass = torch.zeros(len(q), len(all_keys), dtype=q.dtype)
+        all_mass[:, survivors], all_mass[:, evicted] = kept_mass, lost_mass
+        growth = torch.zeros_like(kept_mass)
         for j in range(len(survivors)):
-            counted = target == j
-            share = torch.cat([kept_mass[:, [j]], lost_mass[:, counted]], dim=1).mean(dim=0) + steps.MIN_SHARE
+            share = all_mass[:, place == j].mean(dim=0) + steps.MIN_SHARE
             share /= share.sum()
-            fitted_values[j] = share @ torch.cat([old_values[[j]], all_values[evicted[counted]]])
+            fitted_values[j] = share @ all_values[place == j]
             if not eviction.keys_rewritten:
-                pull[j] = share @ all_keys[torch.cat([survivors[[j]], evicted[counted]])] - old_keys[j]
-        growth = kept_mass.index_add(1, target, lost_mass) + steps.MIN_MASS
+                pull[j] = share @ all_keys[place == j] - old_keys[j]
+            growth[:, j] = all_mass[:, place == j].sum(dim=1) + steps.MIN_MASS
         growth = (growth / (mass + steps.MIN_MASS)).log()
         if softcap is not None:
             capped = steps.cap(raw_logits, softcap)
@@ -264,7 +280,7 @@ def naive_attention_match(
         if is_fitted[b, h]:
             new_keys[b, h, slots] = fitted_keys.to(keys.dtype)
             new_values[b, h, slots] = fitted_values.to(values.dtype)
-    return Match(new_keys, new_values, is_fitted, eviction_error, matching_error, output_norm)
+    return Match(new_keys, new_values, is_fitted, n_exchanged, eviction_error, matching_error, output_norm)
 
 
 def _naive_squared_error(residual: torch.Tensor, missing: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

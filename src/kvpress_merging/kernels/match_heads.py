@@ -3,8 +3,8 @@
 """
 The arithmetic of matching, for heads that are worked on together; ``match.py`` says what it is for.
 
-Positions stand where they stood in the layer, with one row more behind the last: nowhere, a row of zeros that attracts
-no attention. What is neither survivor nor evicted is made such a row, and lists of positions are padded with it.
+Positions stand where they stood in the layer, with rows more behind the last: nowhere, rows of zeros that attract no
+attention. What is neither survivor nor evicted is made such a row, and lists of positions are padded with one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kvpress_merging.kernels.nearby import nearest_nearby
+from kvpress_merging.kernels.nearby import BLOCK, Metric, clusters
 from kvpress_merging.kernels.rows import add_rows_, flat_rows, gather_rows, on_device
 
 # Attention below this share is nothing: no key is asked to attract more than the reciprocal of it times its own.
@@ -44,40 +44,40 @@ def match_heads(
     keys_rewritten: bool,
     key_ridge: float,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Match some heads, however well they can be: the steps of :func:`kvpress_merging.kernels.match.attention_match`.
 
     ``layer`` is that function's keys, values, kept keys, queries, kept queries and sinks, of these heads, without a
     batch axis; ``lists`` are survivors and evicted positions, padded with ``k_len``, and slots, padded with
     ``n_slots``. ``counts`` says how many survivors and evicted positions of each are no padding, ``length`` how many
-    evicted positions share a window, see :func:`kvpress_merging.kernels.nearby.block_length`. Returns new keys and
-    values of the survivors, float32, shapes ``(n_heads, n_survivors, head_dim)`` and ``(n_heads, n_survivors,
-    value_dim)``, and of each head the roots of the squared errors of eviction and of matching and the norm of the
-    output, float32, shape ``(3, n_heads)``.
+    positions share a window, see :func:`kvpress_merging.kernels.nearby.block_length`. Returns new keys and values of
+    the survivors, float32, shapes ``(n_heads, n_survivors, head_dim)`` and ``(n_heads, n_survivors,
+    value_dim)``; of each head the roots of the squared errors of eviction and of matching and the norm of the
+    output, float32, shape ``(3, n_heads)``; and how many survivors of each gave their place away, int64,
+    shape ``(n_heads,)``.
     """
     (keys, all_values, kept_keys, queries, kept_queries, sinks), (survivors, evicted, slots) = layer, lists
     (n_heads, k_len, head_dim), value_dim, n_queries = keys.shape, all_values.shape[2], queries.shape[1]
     device = keys.device
-    is_nowhere = torch.ones(n_heads, k_len + 1, dtype=torch.bool, device=device)
+    n_rows = k_len + BLOCK - k_len % BLOCK
+    is_nowhere = torch.ones(n_heads, n_rows, dtype=torch.bool, device=device)
     is_nowhere.scatter_(1, survivors, False).scatter_(1, evicted, False)[:, k_len] = True
-    is_nowhere = is_nowhere[..., None]
     # Keys and values side by side.
-    rows = torch.zeros(n_heads, k_len + 1, head_dim + value_dim, dtype=torch.float32, device=device)
+    rows = torch.zeros(n_heads, n_rows, head_dim + value_dim, dtype=torch.float32, device=device)
     rows[:, :k_len, :head_dim], rows[:, :k_len, head_dim:] = keys, all_values
-    rows.masked_fill_(is_nowhere, 0.0)
+    rows.masked_fill_(is_nowhere[..., None], 0.0)
     values = rows[..., head_dim:]
 
     # Attention of the full cache, and what is left of it. Positions run along rows, queries along columns.
     raw_logits = torch.bmm(rows[..., :head_dim], queries.mT)
-    logits = cap(raw_logits, softcap).masked_fill_(is_nowhere, -torch.inf)
+    logits = cap(raw_logits, softcap).masked_fill_(is_nowhere[..., None], -torch.inf)
     if sinks is not None:
         logits = torch.cat([logits, sinks[:, None]], dim=1)
-    all_mass = logits.softmax(dim=1)[:, : k_len + 1]
+    all_mass = logits.softmax(dim=1)[:, :n_rows]
     output = torch.bmm(all_mass.mT, values)
-    flat = flat_rows(survivors, k_len + 1)
-    survivor_rows = gather_rows(rows, flat)
-    old_keys, old_values = survivor_rows.split([head_dim, value_dim], dim=-1)
+    flat = flat_rows(survivors, n_rows)
+    old_keys, old_values = gather_rows(rows, flat).split([head_dim, value_dim], dim=-1)
     if not keys_rewritten:
         mass = gather_rows(all_mass, flat)
         raw_logits = raw_logits if softcap is None else gather_rows(raw_logits, flat)
@@ -92,26 +92,24 @@ def match_heads(
     full_mass = 1.0 if sinks is None else all_mass.sum(dim=1)
     eviction_error = _error(lost, mass, full_mass, output_norm)
 
-    # 1. Clusters.
+    # 1. Clusters, each with a centre that has the place of a survivor.
     weight = query_weights(lost)[..., None]
     n_listed = on_device(np.array(counts, dtype=np.float32).sum(axis=1), device)
     mean_square = torch.linalg.vector_norm(values, dim=(1, 2)).square_().div_(n_listed).clamp_(min=MIN_SQUARE)
-    moved, target = nearest_nearby(
-        rows,
-        survivor_rows,
-        survivors,
-        evicted,
-        counts,
-        _ridged_moment(queries, weight, METRIC_RIDGE),
-        (VALUE_WEIGHT * n_queries / mean_square)[:, None, None],
-        length,
+    metric = Metric(
+        _ridged_moment(queries, weight, METRIC_RIDGE), (VALUE_WEIGHT * n_queries / mean_square)[:, None, None]
     )
+    # There is no such key of an evicted position as the press made of the survivors'.
+    place, n_exchanged = clusters(rows, is_nowhere, survivors, counts, metric, length, exchange=not keys_rewritten)
 
-    # 2. Means of all that is counted to a survivor, itself included, and the attention that all of it gets.
-    share = (all_mass.mean(dim=-1, keepdim=True) + MIN_SHARE).masked_fill_(is_nowhere, 0.0)
+    # 2. Means of all that a survivor stands for, and the attention that all of it gets.
+    share = (all_mass.mean(dim=-1, keepdim=True) + MIN_SHARE).masked_fill_(is_nowhere[..., None], 0.0)
     weighted = torch.cat([rows.mul_(share), share, all_mass], dim=-1)
-    sums = add_rows_(gather_rows(weighted, flat.flatten()), target, gather_rows(weighted, moved))
-    mean, total, counted_mass = sums.view(*flat.shape, -1).split([head_dim + value_dim, 1, n_queries], dim=-1)
+    n_places = survivors.shape[1] + 1  # and one for what no survivor stands for
+    sums = weighted.new_zeros(n_heads * n_places, weighted.shape[2])
+    add_rows_(sums, flat_rows(place, n_places).flatten(), weighted.flatten(0, 1))
+    sums = sums.view(n_heads, n_places, -1)[:, :-1]
+    mean, total, counted_mass = sums.split([head_dim + value_dim, 1, n_queries], dim=-1)
     mean_keys, new_values = (mean / total.clamp(min=TINY)).split([head_dim, value_dim], dim=-1)
 
     # 3. Mass: on from the mean key, a ridge regression on what the mean leaves of the growth that is wanted.
@@ -133,7 +131,7 @@ def match_heads(
     errors = torch.stack([eviction_error, matching_error, torch.linalg.vector_norm(output_norm, dim=1)])
     # A head that lost or kept nothing has nothing to match.
     has_nothing = on_device(np.array(counts).min(axis=1) == 0, device)
-    return shift.add_(old_keys), new_values, errors.masked_fill_(has_nothing, 0.0)
+    return shift.add_(old_keys), new_values, errors.masked_fill_(has_nothing, 0.0), n_exchanged
 
 
 def cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
