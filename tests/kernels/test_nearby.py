@@ -62,7 +62,9 @@ def test_the_nearest_is_looked_for_among_the_centres_around(n_kept):
     place, n_exchanged = place_of(keys, values, [kept], [gone], metric, exchange=False)
     assert n_exchanged == [0]
     assert place[0, kept].tolist() == list(range(n_kept))
-    expected = naive_place_of(keys, values, [kept], [gone], metric, 0, block_length(n_kept, 900 - n_kept), exchange=False)
+    expected = naive_place_of(
+        keys, values, [kept], [gone], metric, 0, block_length(n_kept, 900 - n_kept), exchange=False
+    )
     assert place[0].equal(expected[1])
     points = torch.cat([keys[0] @ torch.linalg.cholesky(metric.keys[0]), values[0] * metric.values[0].sqrt()], dim=1)
     distance = torch.cdist(points[gone], points[kept])

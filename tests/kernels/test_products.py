@@ -219,11 +219,11 @@ def test_what_the_user_allows_for_products_elsewhere_is_off_during_a_kernel_and_
     within = []
 
     def watch(function):
-        def watched(*arguments):
+        def watched(*arguments, **options):
             # A consistent state: PyTorch refuses to multiply where its older and newer settings disagree.
             assert not torch.backends.cuda.matmul.allow_tf32
             within.append(float32_settings())
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return watched
 

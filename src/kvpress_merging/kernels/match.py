@@ -152,8 +152,8 @@ def attention_match(
     n_exchanged = torch.zeros(n_heads, dtype=torch.int64, device=keys.device)
     errors = torch.zeros(3, n_heads, dtype=torch.float32, device=keys.device)
     if eviction.n_survivors == 0 or eviction.n_evicted == 0:
-        of_heads = is_fitted.view(shape), n_exchanged.view(shape), *errors.view(3, *shape)
-        return Match(kept_keys.clone(), kept_values.clone(), *of_heads)
+        nothing = is_fitted.view(shape), n_exchanged.view(shape), *errors.view(3, *shape)
+        return Match(kept_keys.clone(), kept_values.clone(), *nothing)
     survivors, evicted, slots = padded_lists(eviction, n_slots)
     layer = [part.flatten(0, 1) for part in (keys, values, kept_keys, queries, kept_queries)]
     # With a row more behind the last: nowhere.
