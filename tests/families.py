@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from kvpress import BasePress, KnormPress
 from tiny import VOCAB_SIZE
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 # Fields by the names that they have in one config or another: a config takes those that it knows.
 _FIELDS: dict[str, Any] = {
@@ -76,7 +76,7 @@ _FIELDS: dict[str, Any] = {
 _MAX_PARAMETERS = 12e6
 
 
-def _tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+def _tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
     default, known = config_class(), inspect.signature(config_class.__init__).parameters
     fields = {name: value for name, value in _FIELDS.items() if name in known and hasattr(default, name)}
     for name in config_class.sub_configs:
