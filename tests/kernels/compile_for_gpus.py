@@ -13,11 +13,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from inspect import signature as signature_of
 from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from kvpress_merging.kernels.nearest_triton import first_best_kernel, launch_options
@@ -54,9 +56,9 @@ def compile_one(capability: int, dtype: torch.dtype, head_dim: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
-        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        ptxas = tools / ("ptxas-blackwell" if capability >= 100 else "ptxas")
-        command = [str(ptxas), "-v", f"-arch={architecture}", str(file), "-o", str(Path(folder, "kernel.cubin"))]
+        # Which of its assemblers Triton takes for a GPU, if it has more than one.
+        ptxas = get_ptxas(capability) if signature_of(get_ptxas).parameters else get_ptxas()
+        command = [ptxas.path, "-v", f"-arch={architecture}", str(file), "-o", str(Path(folder, "kernel.cubin"))]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     (registers,) = re.findall(r"Used (\d+) registers", report)
     ((stored, loaded),) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
