@@ -111,7 +111,8 @@ def clusters(
     if exchange:
         n_asked = np.full_like(n_others, n_rows)
         nearest = nearest_nearby(rows, measured, square, centres, n_centres, row, n_asked, BLOCK, others=True)
-        distance = (rows - gather_rows(rows, nearest)).mul_(measured - gather_rows(measured, nearest)).sum(dim=-1)
+        as_measured = gather_rows(measured, nearest).sub_(measured)
+        distance = gather_rows(rows, nearest).sub_(rows).mul_(as_measured).sum(dim=-1)
         is_needed = ~has_place | (nearest >= flat_rows(row, n_rows))
         apart, spare = distance.masked_fill(is_needed, torch.inf).sort(dim=1, stable=True)
         away, far = distance.masked_fill(is_nowhere | has_place, 0.0).sort(dim=1, descending=True, stable=True)
