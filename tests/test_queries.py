@@ -134,12 +134,10 @@ def test_every_family_is_asked_for_its_own_queries_or_refused_by_name(kind, monk
     for family, message in refused.items():
         expected = rf"AttentionMatchingPress cannot ask layer 0 of {family} \(\w+\) .*; MergingPress works there$"
         assert re.match(expected, message)
-    row = next(line for line in Path("docs/testing.md").read_text().splitlines() if line.startswith(f"| {kind} "))
-    served, refused_there = (set(re.findall(r"`(\w+)`", cell)) for cell in row.split("|")[2:4])
-    assert errors.keys() <= served
-    assert refused.keys() <= refused_there
+    assert len(errors) > 5 * len(refused)
     if transformers.__version__.startswith("5.2."):
-        assert (errors.keys(), refused.keys()) == (served, refused_there)
+        row = next(line for line in Path("docs/testing.md").read_text().splitlines() if line.startswith(f"| {kind} "))
+        assert [errors.keys(), refused.keys()] == [set(re.findall(r"`(\w+)`", cell)) for cell in row.split("|")[2:4]]
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
@@ -252,7 +250,11 @@ def in_form_of(llama: PreTrainedModel, family: str) -> PreTrainedModel:
     config_class, model_class = {"glm": (GlmConfig, GlmForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM)}[family]
     given, old = llama.config.to_dict(), llama.config
     fields = {name: given[name] for name in inspect.signature(config_class.__init__).parameters if name in given}
-    fields |= {"head_dim": old.head_dim, "rope_parameters": old.rope_parameters | {"partial_rotary_factor": 1.0}}
+    fields |= {"head_dim": old.head_dim, "partial_rotary_factor": 1.0}
+    if hasattr(old, "rope_parameters"):  # from transformers 5 on
+        fields["rope_parameters"] = old.rope_parameters | {"partial_rotary_factor": fields.pop("partial_rotary_factor")}
+    else:
+        fields["rope_theta"] = old.rope_theta
     model = model_class(config_class(**fields)).to(llama.dtype).eval()
     weights = dict(llama.state_dict())
     for layer in range(old.num_hidden_layers):
