@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia import compiler
 from triton.compiler import ASTSource
 
 from kvpress_merging.kernels.nearest_triton import first_best_kernel, launch_options
@@ -57,7 +57,7 @@ def compile_one(capability: int, dtype: torch.dtype, head_dim: int) -> dict:
         file = Path(folder, "kernel.ptx")
         file.write_text(ptx)
         # Which of its assemblers Triton takes for a GPU, if it has more than one.
-        ptxas = get_ptxas(capability) if signature_of(get_ptxas).parameters else get_ptxas()
+        ptxas = compiler.get_ptxas(capability) if signature_of(compiler.get_ptxas).parameters else compiler.get_ptxas()
         command = [ptxas.path, "-v", f"-arch={architecture}", str(file), "-o", str(Path(folder, "kernel.cubin"))]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     (registers,) = re.findall(r"Used (\d+) registers", report)
