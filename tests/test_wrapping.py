@@ -184,7 +184,7 @@ def test_composed_presses_refuse_a_merging_press_around_what_they_refuse_bare():
 
 
 def test_a_merging_press_gives_no_scores():
-    with pytest.raises(TypeError, match=r"MergingPress\(OuterPress\(KnormPress"):
+    with pytest.raises(ValueError, match=r"MergingPress\(OuterPress\(KnormPress"):
         MergingPress(KnormPress(0.5)).score(None, None, None, None, None, {})
 
 
