@@ -125,7 +125,7 @@ class PressWrapper(BasePress):
         self.press.compression_ratio = value  # type: ignore[attr-defined]
 
     def score(self, *args: Any, **kwargs: Any) -> Any:
-        """Always a ValueError: a press that asks for scores evicts by itself, and what this press does would be lost."""
+        """Always a ValueError: a press that asks for scores evicts by itself, and what this one does would be lost."""
         inner, own = type(self.press).__name__, type(self).__name__
         # Within a forward pass, transformers 5.0 and 5.1 answer a TypeError with a second one over the same cache.
         raise ValueError(
