@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 import pytest
 from hypothesis import settings
@@ -55,6 +56,13 @@ def input_ids(request):
 
     n_context = getattr(request.module, "N_CONTEXT", 96)
     return torch.randperm(240, generator=torch.Generator().manual_seed(3))[None, :n_context] + 10
+
+
+@pytest.fixture(autouse=True)
+def layers_are_asked_as_if_never_before():
+    """What matching asks of a layer once in a process, it asks in each test: none depends on those before it."""
+    if press := sys.modules.get("kvpress_merging.attention_matching_press"):
+        press._SERVED.clear()
 
 
 @pytest.fixture(autouse=True)

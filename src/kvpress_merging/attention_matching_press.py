@@ -138,7 +138,9 @@ class AttentionMatchingPress(MergeOnEvictPress):
         seen, state = self._queries[module], self._memory.states[module]
         inputs = seen.hidden_states()
         asked = self._ask(module, inputs, seen.kwargs, -1)
-        if module not in _SERVED or hidden_states is None:
+        # Where another press has evicted before this one, the last token's key is no longer where it was.
+        has_all = keys.shape[2] >= state.k_len
+        if has_all and (module not in _SERVED or hidden_states is None):
             max_error = _MAX_QUANTIZED_KEY_ERROR if state.is_quantized else _MAX_KEY_ERROR
             if _is_far(asked.key[:, :, -1], keys[:, :, state.k_len - 1], max_error):
                 raise self._not_served(module, "the key that it makes again of its last token is not the cache's")
