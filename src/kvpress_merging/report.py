@@ -43,7 +43,7 @@ class MergeReport:
     - ``heads``, ``heads_fitted``: heads (times batch rows and evictions) that lost positions, and those of them that
       took the fit;
     - ``exchanged``: evicted positions that took the place of a survivor in these, see
-      :func:`kvpress_merging.kernels.nearby.exchange`;
+      :func:`kvpress_merging.kernels.nearby.clusters`;
     - ``error_before``, ``error_after``: their mean squared error of the attention output over reference queries,
       relative to the output's, as eviction leaves it and as it is left in the end;
     - ``n_queries``: reference queries per head that the last fit was made for.

@@ -93,9 +93,9 @@ def attention_match(
     1. *clusters*. The squared distance of two positions is
        ``(k_i - k_j)^T (Q^T W Q + u I) (k_i - k_j) / n_queries + 4 |v_i - v_j|^2 / mean |v|^2``, with ``u`` the mean of
        the diagonal of ``Q^T W Q``. ``W`` is diagonal: the more of its output a query lost, the more it weighs,
-       ``w_r = (1 + e_r / mean e) / 2`` with ``e_r`` the squared error of eviction for query r. Where two survivors are
-       the nearest to each other, one of them gives its place to an evicted position that is at least twice as far from
-       every survivor (:func:`kvpress_merging.kernels.nearby.exchange`), nearest pairs and farthest positions first.
+       ``w_r = (1 + e_r / mean e) / 2`` with ``e_r`` the squared error of eviction for query r. A survivor whose
+       nearest other lies before it gives its place to an evicted position that is at least twice as far from every
+       survivor (:func:`kvpress_merging.kernels.nearby.clusters`), nearest pairs and farthest positions first.
        Each position without a place is then counted to the nearest that has one, of some that are near it in the
        context (:func:`kvpress_merging.kernels.nearby.nearest_nearby`). Where the press rewrote the survivors' keys no
        place is given away, since there is no such key of an evicted position.
