@@ -169,11 +169,13 @@ def attention_match(
     for block, n_survivors, n_evicted in alike_heads(counts, bytes_of, keys.device):
         of_sinks = None if sinks is None else sinks.flatten(0, 1)[block]
         lists = survivors[block, :n_survivors], evicted[block, :n_evicted], slots[block, :n_survivors]
+        # A head that lost nothing has nothing to do, and its list may be cut short by those that have.
+        listed = [(min(n, n_survivors), min(m, n_evicted)) for n, m in counts[block]]
         with full_precision(keys.device):
             *matched, of_heads, exchanged = steps.match_heads(
                 (*(part[block] for part in layer), of_sinks),  # type: ignore[arg-type]
                 lists,
-                counts[block],
+                listed,
                 length,
                 keys_rewritten=eviction.keys_rewritten,
                 key_ridge=key_ridge,
