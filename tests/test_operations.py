@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra 'eval'"
 from evaluation.speed.operations import operations_per_layer
 
 MAX_OPERATIONS = {
-    ("merging", "even"): 75,
+    ("merging", "even"): 73,
     ("merging", "ragged"): 90,
     ("matching", "even"): 240,
     ("matching", "ragged"): 250,

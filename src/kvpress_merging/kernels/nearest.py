@@ -116,6 +116,7 @@ def nearest_survivors(
     keys, has_finite_value = keys.flatten(0, 1), has_finite_value.flatten(0, 1)
     (k_len, head_dim), counts = keys.shape[1:], eviction.counts_of_heads
     survivors, evicted = padded_lists(eviction)
+    nowhere = evicted.new_full((n_heads, max(multiples)), k_len)
     norm = row_norms(keys)
     is_usable = F.pad(has_finite_value & (norm < torch.inf), (0, 1))
     with full_precision(device):
@@ -123,15 +124,19 @@ def nearest_survivors(
         for heads in head_slices(n_heads, 2 * 4 * k_len * (head_dim + 2), device):
             # Both sides next to each other, each in whole groups; what may not be chosen is nowhere.
             max_survivors, max_evicted = map(max, zip(*counts[heads]))
-            sides = survivors[heads, :max_survivors], evicted[heads, :max_evicted]
             missing = -max_survivors % multiples[0], -max_evicted % multiples[1]
-            padded = [F.pad(side, (0, n), value=k_len) if n else side for side, n in zip(sides, missing)]
-            positions = torch.cat(padded, dim=1)
+            listed = [
+                survivors[heads, :max_survivors],
+                nowhere[heads, : missing[0]],
+                evicted[heads, :max_evicted],
+                nowhere[heads, : missing[1]],
+            ]
+            positions = torch.cat(listed, dim=1)
             positions = torch.where(is_usable[heads].gather(1, positions), positions, k_len)
             flat = flat_rows(positions, k_len + 1)
             rows, scale = scaled_keys(keys[heads], norm[heads])
             both = Side(gather_rows(rows, flat), None if scale is None else gather_rows(scale, flat))
-            n_columns = padded[0].shape[1]
+            n_columns = max_survivors + missing[0]
             left, right = (both.part(slice(None), some) for some in (slice(n_columns), slice(n_columns, None)))
             right.rows[..., head_dim : head_dim + 2] = right.rows[..., head_dim : head_dim + 2].flip(-1)
             found = similarity[heads], target[heads]
