@@ -14,6 +14,7 @@ from kernel_cases import Layer, evict, heads_of, layers, masked, put_special_row
 
 from kvpress_merging.eviction import Eviction
 from kvpress_merging.kernels import match as match_module
+from kvpress_merging.kernels import match_heads, nearby
 from kvpress_merging.kernels import rows as rows_module
 from kvpress_merging.kernels.match import Match, attention_match, naive_attention_match
 from kvpress_merging.kernels.match_heads import query_weights
@@ -74,6 +75,14 @@ def assert_same(actual: Match, expected: Match, dtype: torch.dtype) -> None:
         )
 
 
+@pytest.fixture
+def small_windows(monkeypatch):
+    """So small that in a short context some survivors are out of sight."""
+    monkeypatch.setattr(nearby, "WINDOW", 8)
+    for module in (nearby, match_heads):
+        monkeypatch.setattr(module, "BLOCK", 4)
+
+
 # Against the naive form.
 
 
@@ -123,6 +132,18 @@ def test_heads_that_lost_nothing_or_everything_keep_no_other_from_its_fit(k_len)
     match = run(layer, queries)
     assert match.is_fitted.tolist() == [[False, True, False, True]]
     assert_same(match, run(layer, queries, naive_attention_match), torch.float32)
+
+
+@pytest.mark.usefixtures("whatever_its_error", "small_windows")
+@pytest.mark.parametrize("seed", range(8))
+def test_each_head_may_lose_any_share_of_its_positions(seed):
+    whole = redundant_layer(1, 6, 60, 60, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.tensor([0.0, 0.1, 0.5, 0.5, 0.9, 1.0])[torch.randperm(6, generator=generator)]
+    is_survivor = torch.rand(1, 6, 60, generator=generator) < shares[:, None]
+    layer = masked(whole.keys, whole.values, is_survivor, ~is_survivor)
+    queries = queries_for(layer, 13)
+    assert_same(run(layer, queries), run(layer, queries, naive_attention_match), torch.float32)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
