@@ -32,8 +32,8 @@ def place_of(keys, values, survivors, evicted, metric, length=None, **options):
             rows[h, listed] = torch.cat([keys[h, listed], values[h, listed]], dim=-1)
             is_nowhere[h, listed] = False
     padded = torch.nn.utils.rnn.pad_sequence(survivors, True, padding_value=k_len)
-    counts = [(len(kept), len(gone)) for kept, gone in zip(survivors, evicted)]
-    length = length or block_length(*(sum(column) for column in zip(*counts)))
+    counts = np.array([(len(kept), len(gone)) for kept, gone in zip(survivors, evicted)])
+    length = length or block_length(*counts.sum(axis=0).tolist())
     place, n_exchanged = clusters(rows, is_nowhere, padded, counts, metric, length, **options)
     return place[:, :k_len], n_exchanged.tolist()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
+import numpy as np
 import torch
 
 from kvpress_merging.eviction import Eviction
@@ -170,7 +171,7 @@ def attention_match(
         of_sinks = None if sinks is None else sinks.flatten(0, 1)[block]
         lists = survivors[block, :n_survivors], evicted[block, :n_evicted], slots[block, :n_survivors]
         # A head that lost nothing has nothing to do, and its list may be cut short by those that have.
-        listed = [(min(n, n_survivors), min(m, n_evicted)) for n, m in counts[block]]
+        listed = np.minimum(counts[block], (n_survivors, n_evicted), dtype=np.int64)
         with full_precision(keys.device):
             *matched, of_heads, exchanged = steps.match_heads(
                 (*(part[block] for part in layer), of_sinks),  # type: ignore[arg-type]

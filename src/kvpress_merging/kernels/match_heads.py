@@ -38,7 +38,7 @@ MAX_CAPPED = 0.99
 def match_heads(
     layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     lists: Sequence[torch.Tensor],
-    counts: Sequence[tuple[int, int]],
+    counts: np.ndarray,
     length: int,
     *,
     keys_rewritten: bool,
@@ -50,12 +50,12 @@ def match_heads(
 
     ``layer`` is that function's keys, values, kept keys, queries, kept queries and sinks, of these heads, without a
     batch axis; ``lists`` are survivors and evicted positions, padded with ``k_len``, and slots, padded with
-    ``n_slots``. ``counts`` says how many survivors and evicted positions of each are no padding, ``length`` how many
-    positions share a window, see :func:`kvpress_merging.kernels.nearby.block_length`. Returns new keys and values of
-    the survivors, float32, shapes ``(n_heads, n_survivors, head_dim)`` and ``(n_heads, n_survivors,
-    value_dim)``; of each head the roots of the squared errors of eviction and of matching and the norm of the
-    output, float32, shape ``(3, n_heads)``; and how many survivors of each gave their place away, int64,
-    shape ``(n_heads,)``.
+    ``n_slots``. ``counts`` says how many survivors and evicted positions of each are no padding, int64, shape
+    ``(n_heads, 2)``; ``length`` how many positions share a window, see
+    :func:`kvpress_merging.kernels.nearby.block_length`. Returns new keys and values of the survivors, float32, shapes
+    ``(n_heads, n_survivors, head_dim)`` and ``(n_heads, n_survivors, value_dim)``; of each head the roots of the
+    squared errors of eviction and of matching and the norm of the output, float32, shape ``(3, n_heads)``; and how
+    many survivors of each gave their place away, int64, shape ``(n_heads,)``.
     """
     (keys, all_values, kept_keys, queries, kept_queries, sinks), (survivors, evicted, slots) = layer, lists
     (n_heads, k_len, head_dim), value_dim, n_queries = keys.shape, all_values.shape[2], queries.shape[1]
@@ -94,7 +94,7 @@ def match_heads(
 
     # 1. Clusters, each with a centre that has the place of a survivor.
     weight = query_weights(lost)[..., None]
-    n_listed = on_device(np.array(counts, dtype=np.float32).sum(axis=1), device)
+    n_listed = on_device(counts.sum(axis=1, dtype=np.float32), device)
     mean_square = torch.linalg.vector_norm(values, dim=(1, 2)).square_().div_(n_listed).clamp_(min=MIN_SQUARE)
     metric = Metric(
         _ridged_moment(queries, weight, METRIC_RIDGE), (VALUE_WEIGHT * n_queries / mean_square)[:, None, None]
@@ -130,7 +130,7 @@ def match_heads(
     matching_error = _error(torch.linalg.vector_norm(residual, dim=-1), mass, full_mass, output_norm)
     errors = torch.stack([eviction_error, matching_error, torch.linalg.vector_norm(output_norm, dim=1)])
     # A head that lost or kept nothing has nothing to match.
-    has_nothing = on_device(np.array(counts).min(axis=1) == 0, device)
+    has_nothing = on_device(counts.min(axis=1) == 0, device)
     return shift.add_(old_keys), new_values, errors.masked_fill_(has_nothing, 0.0), n_exchanged
 
 

@@ -7,7 +7,6 @@ of each other position, by a search that is linear in the context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +54,7 @@ def clusters(
     rows: torch.Tensor,
     is_nowhere: torch.Tensor,
     survivors: torch.Tensor,
-    counts: Sequence[tuple[int, int]],
+    counts: np.ndarray,
     metric: Metric,
     length: int,
     *,
@@ -78,8 +77,8 @@ def clusters(
         ``(n_heads, n_rows)``. There are a multiple of :data:`BLOCK` rows.
     survivors : torch.Tensor
         Positions, ascending, then, for a head that has fewer, whatever: int64, shape ``(n_heads, max_survivors)``.
-    counts : sequence of (int, int)
-        How many survivors and evicted positions each head has.
+    counts : numpy.ndarray
+        How many survivors and evicted positions each head has, int64, shape ``(n_heads, 2)``.
     metric : Metric
         Of distances.
     length : int
@@ -96,7 +95,7 @@ def clusters(
         How many survivors of each head gave their place away, int64, shape ``(n_heads,)``.
     """
     (n_heads, n_rows, _), n_places, device = rows.shape, survivors.shape[1], rows.device
-    n_centres, n_others = np.array(counts, dtype=np.int64).reshape(-1, 2).T
+    n_centres, n_others = counts.T
     nowhere = n_rows - 1
     row, number = (torch.arange(n, device=device).expand(n_heads, n) for n in (n_rows, n_places))
     centres = survivors.masked_fill(number >= on_device(n_centres[:, None], device), nowhere)
