@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ from scipy import stats
 
 from evaluation.__main__ import main
 from evaluation.gpu.show import describe, markdown
-from evaluation.report.runs import read_results
+from evaluation.report.runs import Run, read_results
 
 pytestmark = needs_extra("eval")
 
@@ -130,7 +131,7 @@ def advice_row(press: str) -> str:
         return f"| {PRESSES[press]} | not measured | | | {text} |"
     saved = " / ".join(less_cache(press)[1:3])
     won = won_back("ruler-4096", [press], "matching", LEVELS, RULER)
-    row = kept(RULER, "matching", press)
+    row = kept(RULER, "matching", press=press)
     return f"| {PRESSES[press]} | {saved} | {won} | {row['kept_harmed']} of {row['n_kept']} | {text} |"
 
 
@@ -145,18 +146,14 @@ def text_row(press: str, model: str) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def answer_cells(name: str, press: str, levels: Iterable[str], benchmark: str) -> str:
-    """What eviction's and matching's answers have for a negative log-likelihood, and what matching wins back."""
+def larger_row(press: str) -> str:
+    """docs/method.md: the larger model's negative log-likelihood, eviction's and matching's, and what is won back."""
     cells = []
-    for level in levels:
-        bare, matched = (mean_of(name, "answer_nll", press, kind, level, benchmark) for kind in ("bare", "matching"))
-        cells.append(f"{bare:.2f} → {matched:.2f} ({won_back(name, [press], 'matching', (level,), benchmark)})")
-    return " | ".join(cells)
-
-
-def matching_row(benchmark: str, press: str, levels: tuple[str, ...]) -> str:
-    """docs/method.md: RULER's tasks, eviction and matching alone."""
-    return f"| {PRESSES[press]} | {answer_cells('ruler-4096', press, levels, benchmark)} |"
+    for level in LEVELS[1:3]:
+        nll = {kind: mean_of("ruler-4096", "answer_nll", press, kind, level, LARGER) for kind in ("bare", "matching")}
+        won = won_back("ruler-4096", [press], "matching", (level,), LARGER)
+        cells.append(f"{nll['bare']:.2f} → {nll['matching']:.2f} ({won})")
+    return f"| {PRESSES[press]} | {' | '.join(cells)} |"
 
 
 def ruler_row(press: str) -> str:
@@ -177,7 +174,7 @@ def less_cache(press: str) -> list[str]:
 
 
 def saved_share(row: pd.Series) -> str:
-    """In per cent; where matching is better than eviction at every ratio that was measured, in words."""
+    """In per cent; in words where eviction's curve does not have that likelihood."""
     if row["says"]:
         return str(row["says"])
     return f"{round(100 * row['saved']) + 0.0:.0f} %"  # + 0.0, so that nothing is not -0.
@@ -188,11 +185,14 @@ def cache_row(press: str) -> str:
     return f"| {PRESSES[press]} | {' | '.join(less_cache(press))} |"
 
 
-def kept(benchmark: str, kind: str, press: str = "all", name: str = "ruler-4096") -> pd.Series:
-    """What a rule does to the answers that eviction kept and to those that it lost, over all ratios and tasks."""
-    table = pd.read_csv(RESULTS / name / "kept.csv")
-    table = table[table["benchmark"].str.contains(benchmark) & (table["kind"] == kind) & (table["press"] == press)]
-    return table[(table[["level", "task"]] == "all").all(axis=1)].iloc[0]
+def kept(benchmark: str, kind: str, name: str = "ruler-4096", **part: str) -> dict[str, Any]:
+    """What a rule does to the answers that eviction kept and lost: all, or those of one press, level or task."""
+    table = pd.read_csv(RESULTS / name / "kept.csv", dtype={"level": str})
+    table = table[table["benchmark"].str.contains(benchmark) & (table["kind"] == kind)]
+    for column in ("press", "level", "task"):
+        table = table[table[column] == part.get(column, "all")]
+    (row,) = table.to_dict("records")
+    return row
 
 
 def kept_row(benchmark: str, kind: str) -> str:
@@ -226,14 +226,18 @@ def unpack(name: str, folder: Path) -> Path:
     return folder
 
 
+def runs_of(name: str) -> list[Run]:
+    """The runs that are packed beside a report."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_results(unpack(name, Path(folder))).runs
+
+
 @functools.cache
 def answers() -> pd.DataFrame:
     """All answers, one a row: ``string_match`` is what it names of what it should, in per cent."""
-    with tempfile.TemporaryDirectory() as folder:
-        runs = read_results(unpack("ruler-4096-answers", Path(folder))).runs
     tables = [
         run.scores[["string_match"]].assign(task=run.predictions["task"], press=run.press, kind=run.kind)
-        for run in runs
+        for run in runs_of("ruler-4096-answers")
     ]
     return pd.concat(tables).reset_index()
 
@@ -306,7 +310,7 @@ ROWS = [
     *(("README.md", functools.partial(advice_row, press)) for press in PRESSES),
     *(("docs/method.md", functools.partial(text_row, press, model)) for model in MODELS for press in PRESSES),
     *(("docs/method.md", functools.partial(ruler_row, press)) for press in ON_RULER),
-    *(("docs/method.md", functools.partial(matching_row, LARGER, press, LEVELS[1:3])) for press in ON_LARGER),
+    *(("docs/method.md", functools.partial(larger_row, press)) for press in ON_LARGER),
     *(("docs/method.md", functools.partial(cache_row, press)) for press in ON_RULER),
     *(("docs/method.md", functools.partial(kept_row, RULER, kind)) for kind in KINDS),
     ("docs/method.md", functools.partial(kept_row, LARGER, "matching")),
@@ -392,25 +396,30 @@ def kept_sentence() -> str:
     small, large = (kept(benchmark, "matching") for benchmark in (RULER, LARGER))
     return (
         f"of {small['n_kept']:,} answers that eviction had kept, matching makes {small['kept_harmed']} worse by more "
-        f"than 0.3 nats a token; on the 1.5B model {large['kept_harmed']} of {large['n_kept']}."
+        f"than 0.3 nats a token; on the 1.5B model {large['kept_harmed']} of {large['n_kept']}. Of these, "
+        f"{brought_back(RULER)[0]} and {brought_back(LARGER)[0]} are answers that eviction had made likelier than the "
+        "full cache has them"
     )
 
 
-def harmed_sentence() -> str:
+def brought_back(benchmark: str) -> tuple[int, int]:
+    """How many harmed answers end within 0.3 nats of the full cache's, and how many there are."""
     table = pd.read_csv(RESULTS / "ruler-4096" / "harmed.csv")
-    table = table[table["kind"] == "matching"].assign(as_full=lambda rows: rows["merged"] - rows["full"] < 0.3)
-    small, large = (table[table["benchmark"].str.contains(benchmark)]["as_full"] for benchmark in (RULER, LARGER))
+    table = table[table["benchmark"].str.contains(benchmark) & (table["kind"] == "matching")]
+    return int((table["merged"] - table["full"] < 0.3).sum()), len(table)
+
+
+def harmed_sentence() -> str:
+    (small, n_small), (large, n_large) = map(brought_back, (RULER, LARGER))
     return (
-        f"{small.sum()} of the {len(small)} harmed answers of the 0.5B model, and {large.sum()} of the {len(large)} of "
+        f"{small} of the {n_small} harmed answers of the 0.5B model, and {large} of the {n_large} of "
         "the 1.5B model, are such as eviction had made likelier than the full cache has them: matching brings them "
         "back to within 0.3 nats of that."
     )
 
 
 def by_ratio_sentence() -> str:
-    table = pd.read_csv(RESULTS / "ruler-4096" / "kept.csv", dtype={"level": str})
-    table = table[table["benchmark"].str.contains(RULER) & (table["kind"] == "matching")]
-    rows = [table[table["level"] == level].iloc[0] for level in LEVELS]
+    rows = [kept(RULER, "matching", level=level) for level in LEVELS]
     won = [f"{100 * row['won_back']:.0f}" for row in rows]
     harmed = [f"{row['kept_harmed']} of {row['n_kept']}" for row in rows]
     return (
@@ -419,10 +428,20 @@ def by_ratio_sentence() -> str:
     )
 
 
+def least_sentence() -> str:
+    needles = [100 * kept(RULER, "matching", task=f"niah_multikey_{n}")["won_back"] for n in (2, 3)]
+    every = won_back("ruler-4096", ["expected_attention_head"], "matching", LEVELS, RULER)
+    lost = 100 * kept(RULER, "matching", press="expected_attention_head")["won_back"]
+    return (
+        f"Least comes back where a text is all needles: {needles[0]:.0f} % of what niah_multikey_2 lost and "
+        f"{needles[1]:.0f} % of niah_multikey_3. With ExpectedAttention {every} comes back over all tasks and "
+        f"{lost:.0f} % without the list of common words (cwe)"
+    )
+
+
 def ahead_sentence() -> str:
     """docs/related.md: matching against each of the others, sample by sample, over the cells that both have."""
-    with tempfile.TemporaryDirectory() as folder:
-        runs = read_results(unpack("peers-4096", Path(folder))).runs
+    runs = runs_of("peers-4096")
     table = pd.DataFrame({(run.kind, run.press, run.level): run.predictions["answer_nll"] for run in runs})
     told = []
     for kind in PEERS:
@@ -472,6 +491,7 @@ SENTENCES = [
     ("docs/related.md", ahead_sentence),
     ("docs/method.md", harmed_sentence),
     ("docs/method.md", by_ratio_sentence),
+    ("docs/method.md", least_sentence),
     ("docs/method.md", ruler_sentence),
     ("docs/method.md", ruler_tasks_sentence),
     ("docs/method.md", larger_sentence),
@@ -486,10 +506,10 @@ def test_a_sentence_says_what_was_measured(file, sentence):
     assert sentence() in words, f"{file} lacks: {sentence()}"
 
 
-def test_kept_and_lost_is_what_plain_loops_over_the_runs_say(tmp_path):
+def test_kept_and_lost_is_what_plain_loops_over_the_runs_say():
     """Common words alone are an answer that the full cache does not have, so that leaving them out says the same."""
     likelihoods: dict[tuple, dict[int, float]] = {}
-    for run in read_results(unpack("ruler-4096", tmp_path)).runs:
+    for run in runs_of("ruler-4096"):
         key = (run.config["model"], run.config["n_samples"])
         asked = run.predictions["task"] != "cwe"
         place = (*key, "full") if run.kind == "full" else (*key, run.kind, run.press, run.level)

@@ -18,7 +18,6 @@ from kvpress_merging.kernels import match_heads, nearby
 from kvpress_merging.kernels import rows as rows_module
 from kvpress_merging.kernels.match import Match, attention_match, naive_attention_match
 from kvpress_merging.kernels.match_heads import query_weights
-from kvpress_merging.kernels.nearby import WINDOW
 
 RIDGES = {"key_ridge": 0.1}
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -121,7 +120,7 @@ def test_heads_take_the_fits_that_the_naive_form_takes_and_no_others(kind, monke
 
 
 @pytest.mark.usefixtures("whatever_its_error")
-@pytest.mark.parametrize("k_len", [40, 3 * WINDOW])  # windows end before what the first head kept does
+@pytest.mark.parametrize("k_len", [40, 3 * nearby.WINDOW])  # windows end before what the first head kept does
 def test_heads_that_lost_nothing_or_everything_keep_no_other_from_its_fit(k_len):
     whole = redundant_layer(1, 4, k_len, k_len)
     is_survivor = torch.arange(k_len).expand(1, 4, k_len) % 2 == 0

@@ -105,3 +105,15 @@ def test_the_sweep_of_peers_has_each_press_in_each_wrapper_that_takes_it():
                 inside = bare_name(prefix + name)
                 assert {(each, ratio) for each in (prefix + name, inside) for ratio in (0.5, 0.75)} <= cells
     assert ("no_press", 0.0) in cells
+    assert {ratio for _, ratio in cells} == {0.0, 0.5, 0.75}
+    settings = {
+        "model",
+        "dataset",
+        "data_dir",
+        "seed",
+        "max_new_tokens",
+        "n_samples",
+        "compression_ratio",
+        "press_name",
+    }
+    assert set(yaml.safe_load(SWEEP.read_text())) <= settings
