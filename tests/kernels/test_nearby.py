@@ -10,11 +10,11 @@ from kvpress_merging.kernels import rows as rows_module
 from kvpress_merging.kernels.nearby import (
     BLOCK,
     WINDOW,
-    Metric,
     block_length,
     clusters,
     naive_clusters,
     nearest_nearby,
+    points_of,
 )
 
 
@@ -25,26 +25,25 @@ def place_of(keys, values, survivors, evicted, metric, length=None, **options):
     ``survivors`` and ``evicted`` are lists of positions, one of each head.
     """
     n_heads, k_len, _ = keys.shape
-    rows = torch.zeros(n_heads, k_len + BLOCK - k_len % BLOCK, keys.shape[2] + values.shape[2])
-    is_nowhere = torch.ones(rows.shape[:2], dtype=torch.bool)
+    rows = [torch.nn.functional.pad(part, (0, 0, 0, BLOCK - k_len % BLOCK)) for part in (keys, values)]
+    is_nowhere = torch.ones(rows[0].shape[:2], dtype=torch.bool)
     for h in range(n_heads):
-        for listed in (survivors[h], evicted[h]):
-            rows[h, listed] = torch.cat([keys[h, listed], values[h, listed]], dim=-1)
-            is_nowhere[h, listed] = False
+        is_nowhere[h, survivors[h]] = is_nowhere[h, evicted[h]] = False
     padded = torch.nn.utils.rnn.pad_sequence(survivors, True, padding_value=k_len)
     counts = np.array([(len(kept), len(gone)) for kept, gone in zip(survivors, evicted)])
     length = length or block_length(*counts.sum(axis=0).tolist())
-    place, n_exchanged = clusters(rows, is_nowhere, padded, counts, metric, length, **options)
-    return place[:, :k_len], n_exchanged.tolist()
+    place, n_exchanged = clusters(points_of(*rows, *metric), is_nowhere, padded, counts, length, **options)
+    return place[:, :k_len] - torch.arange(n_heads)[:, None] * padded.shape[1], n_exchanged.tolist()
 
 
-def a_metric(n_heads: int, head_dim: int, generator: torch.Generator) -> Metric:
+def a_metric(n_heads: int, head_dim: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of keys, and how much values count."""
     root = torch.randn(n_heads, head_dim, head_dim, generator=generator)
-    return Metric(root @ root.mT + torch.eye(head_dim), torch.rand(n_heads, 1, 1, generator=generator) + 1)
+    return root @ root.mT + torch.eye(head_dim), torch.rand(n_heads, 1, 1, generator=generator) + 1
 
 
 def naive_place_of(keys, values, survivors, evicted, metric, h, length, **options):
-    rows, of_head = (keys[h].double(), values[h].double()), (metric.keys[h].double(), metric.values[h].double()[0])
+    rows, of_head = (keys[h].double(), values[h].double()), (metric[0][h].double(), metric[1][h].double()[0])
     return naive_clusters(*rows, survivors[h], evicted[h], *of_head, length, **options)
 
 
@@ -66,7 +65,7 @@ def test_the_nearest_is_looked_for_among_the_centres_around(n_kept):
         keys, values, [kept], [gone], metric, 0, block_length(n_kept, 900 - n_kept), exchange=False
     )
     assert place[0].equal(expected[1])
-    points = torch.cat([keys[0] @ torch.linalg.cholesky(metric.keys[0]), values[0] * metric.values[0].sqrt()], dim=1)
+    points = torch.cat([keys[0] @ torch.linalg.cholesky(metric[0][0]), values[0] * metric[1][0]], dim=1)
     distance = torch.cdist(points[gone], points[kept])
     if n_kept <= WINDOW:
         assert place[0, gone].equal(distance.argmin(dim=1))
@@ -143,7 +142,7 @@ def on_a_line(numbers: list[float], kept: list[int]) -> tuple[list[int], int]:
     """Places of positions that are numbers, and how many were exchanged."""
     keys = torch.tensor(numbers)[None, :, None]
     gone = [i for i in range(len(numbers)) if i not in kept]
-    metric = Metric(torch.ones(1, 1, 1), torch.zeros(1, 1, 1))
+    metric = torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
     place, n_exchanged = place_of(keys, torch.zeros_like(keys), [torch.tensor(kept)], [torch.tensor(gone)], metric)
     return place[0].tolist(), n_exchanged[0]
 
@@ -179,8 +178,8 @@ def test_a_single_survivor_keeps_its_place():
 
 
 def test_a_position_that_is_a_centre_looks_for_another():
-    rows = torch.tensor([0.0, 1.0, 3.0, 0.0])[None, :, None]
+    points = torch.tensor([0.0, 1.0, 3.0, 0.0])[None, :, None]
     square = torch.tensor([[0.0, 1.0, 9.0, torch.inf]])
     row, n = torch.arange(4)[None], np.array([3])
-    nearest = nearest_nearby(rows, rows, square, torch.tensor([[0, 1, 2]]), n, row, np.array([4]), 4, others=True)
+    nearest = nearest_nearby(points, square, torch.tensor([[0, 1, 2]]), n, row, np.array([4]), 4, others=True)
     assert nearest[0, :3].tolist() == [1, 0, 1]

@@ -243,14 +243,14 @@ def naive_attention_match(
         weight = (1 + lost / lost.mean().clamp(min=steps.TINY)) / 2
         identity = torch.eye(q.shape[1], dtype=q.dtype)
         gram = q.T @ (weight[:, None] * q)
-        some_values = torch.cat([old_values, all_values[evicted]])
+        some_values = torch.cat([all_values[survivors], all_values[evicted]])
         centres, place = naive_clusters(
             all_keys,
             all_values,
             survivors,
             evicted,
             gram + steps.METRIC_RIDGE * gram.diagonal().mean() * identity,
-            steps.VALUE_WEIGHT * len(q) / some_values.square().sum(dim=1).mean().clamp(min=steps.MIN_SQUARE),
+            (steps.VALUE_WEIGHT * len(q) * len(some_values)) ** 0.5 / some_values.norm().clamp(min=steps.MIN_NORM),
             block_length(eviction.n_survivors, eviction.n_evicted),
             exchange=not eviction.keys_rewritten,
         )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kvpress_merging.kernels.nearby import BLOCK, Metric, clusters
+from kvpress_merging.kernels.nearby import BLOCK, clusters, points_of
 from kvpress_merging.kernels.rows import add_rows_, flat_rows, gather_rows, on_device
 
 # Attention below this share is nothing: no key is asked to attract more than the reciprocal of it times its own.
@@ -29,8 +29,8 @@ METRIC_RIDGE = 1.0
 # looks at may be what is asked for later.
 MIN_SHARE = 1e-3
 TINY = torch.finfo(torch.float32).tiny
-# Values whose mean square is less are nothing to tell positions by; a weight of its reciprocal does not overflow.
-MIN_SQUARE = 1e-30
+# Values of a head whose norm together is less are nothing to tell positions by.
+MIN_NORM = 1e-15
 # Of a cap: nearer to it, a logit moves by less than a fiftieth of what is added to it, and no key is asked to.
 MAX_CAPPED = 0.99
 
@@ -94,21 +94,19 @@ def match_heads(
 
     # 1. Clusters, each with a centre that has the place of a survivor.
     weight = query_weights(lost)[..., None]
-    n_listed = on_device(counts.sum(axis=1, dtype=np.float32), device)
-    mean_square = torch.linalg.vector_norm(values, dim=(1, 2)).square_().div_(n_listed).clamp_(min=MIN_SQUARE)
-    metric = Metric(
-        _ridged_moment(queries, weight, METRIC_RIDGE), (VALUE_WEIGHT * n_queries / mean_square)[:, None, None]
-    )
+    n_listed = counts.sum(axis=1, dtype=np.float32)[:, None, None]
+    norm = torch.linalg.vector_norm(values, dim=(1, 2), keepdim=True).clamp_(min=MIN_NORM)
+    value_scale = on_device(np.sqrt(VALUE_WEIGHT * n_queries * n_listed), device) / norm
+    key_metric = _ridged_moment(queries, weight, METRIC_RIDGE)
+    points = points_of(rows[..., :head_dim], values, key_metric, value_scale)
     # There is no such key of an evicted position as the press made of the survivors'.
-    place, n_exchanged = clusters(rows, is_nowhere, survivors, counts, metric, length, exchange=not keys_rewritten)
+    place, n_exchanged = clusters(points, is_nowhere, survivors, counts, length, exchange=not keys_rewritten)
 
     # 2. Means of all that a survivor stands for, and the attention that all of it gets.
     share = (all_mass.mean(dim=-1, keepdim=True) + MIN_SHARE).masked_fill_(is_nowhere[..., None], 0.0)
     weighted = torch.cat([rows.mul_(share), share, all_mass], dim=-1)
-    n_places = survivors.shape[1] + 1  # and one for what no survivor stands for
-    sums = weighted.new_zeros(n_heads * n_places, weighted.shape[2])
-    add_rows_(sums, flat_rows(place, n_places).flatten(), weighted.flatten(0, 1))
-    sums = sums.view(n_heads, n_places, -1)[:, :-1]
+    sums = weighted.new_zeros(survivors.numel() + 1, weighted.shape[2])  # the last is what no survivor stands for
+    sums = add_rows_(sums, place.flatten(), weighted.flatten(0, 1))[:-1].view(n_heads, -1, weighted.shape[2])
     mean, total, counted_mass = sums.split([head_dim + value_dim, 1, n_queries], dim=-1)
     mean_keys, new_values = (mean / total.clamp(min=TINY)).split([head_dim, value_dim], dim=-1)
 
