@@ -12,8 +12,8 @@ from evaluation.speed.operations import operations_per_layer
 MAX_OPERATIONS = {
     ("merging", "even"): 73,
     ("merging", "ragged"): 90,
-    ("matching", "even"): 240,
-    ("matching", "ragged"): 250,
+    ("matching", "even"): 225,
+    ("matching", "ragged"): 235,
 }
 
 
