@@ -3,7 +3,7 @@
 """
 ``python -m kvpress_merging``: what is installed, what of it was tested, and whether merging works here.
 
-It merges and matches once on a tiny random model, and compares the merge with its definition in float64. The exit
+It merges and matches once on a tiny random model, and compares the merge with one position blended after the other. The exit
 status is 0 if both come out right, else 1. A bug report should carry what it prints.
 """
 
@@ -21,6 +21,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from kvpress_merging import AttentionMatchingPress, MergingPress, __version__
 from kvpress_merging.environment import installed_packages, is_python_tested
+from kvpress_merging.eviction import Eviction
+from kvpress_merging.kernels.blend import naive_cosine_blend
 
 _HEAD_DIM = 64
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -82,7 +84,10 @@ def self_test(device: torch.device, dtype: torch.dtype) -> None:
     for layer_idx, (of_full, of_bare, of_merged) in enumerate(zip(full, bare, merged)):
         if not torch.equal(of_merged[0], of_bare[0]):
             raise ValueError(f"layer {layer_idx}: the survivors' keys are not those that the press left")
-        error = (of_merged[1].double() - _blend(*of_full, of_bare[0])).abs().max() / of_full[1].double().abs().max()
+        is_at = (of_bare[0][..., None, :] == of_full[0][..., None, :, :]).all(dim=-1)  # (bsz, heads, n_kept, k_len)
+        eviction = Eviction.from_kept(is_at.int().argmax(dim=-1), of_full[0].shape[2])
+        expected = naive_cosine_blend(*of_full, *of_bare, eviction).values
+        error = (of_merged[1] - expected).double().abs().max() / expected.double().abs().max()
         if not error < _TOLERANCE[dtype]:
             raise ValueError(f"layer {layer_idx}: merged values are off by {error:.2g} of the largest value")
 
@@ -104,22 +109,6 @@ def _prefill(model: PreTrainedModel, press: BasePress | None) -> list[tuple[torc
         with press(model):
             model(input_ids, past_key_values=cache)
     return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def _blend(keys: torch.Tensor, values: torch.Tensor, kept_keys: torch.Tensor) -> torch.Tensor:
-    """The values of the survivors as MergingPress defines them, in float64, with the whole matrix of cosines."""
-    is_at = (kept_keys[..., None, :] == keys[..., None, :, :]).all(dim=-1)  # (bsz, heads, n_kept, k_len)
-    keys, values, position = keys.double(), values.double(), is_at.int().argmax(dim=-1)
-    unit = keys / keys.norm(dim=-1, keepdim=True)
-    index = position[..., None].expand(-1, -1, -1, keys.shape[-1])
-    cosine, target = (unit @ unit.gather(2, index).mT).max(dim=-1)
-    norm, kept = values.norm(dim=-1), values.gather(2, index)
-    weight = cosine.clamp(min=0) * norm / (norm + norm.gather(2, position).gather(2, target))
-    weight = weight.masked_fill(is_at.any(dim=2), 0)  # a survivor is not merged
-    share = torch.zeros(is_at.shape, dtype=torch.float64, device=keys.device).scatter_(
-        2, target[:, :, None], weight[:, :, None]
-    )
-    return (kept + share @ values) / (1 + share.sum(dim=-1, keepdim=True))
 
 
 def _verdict(is_tested: bool, reason: str = "") -> str:
