@@ -3,8 +3,8 @@
 """
 ``python -m kvpress_merging``: what is installed, what of it was tested, and whether merging works here.
 
-It merges and matches once on a tiny random model, and compares the merge with one position blended after the other. The exit
-status is 0 if both come out right, else 1. A bug report should carry what it prints.
+It merges and matches once on a tiny random model, and compares the merge with that of one position after the other.
+The exit status is 0 if both come out right, else 1. A bug report should carry what it prints.
 """
 
 from __future__ import annotations
