@@ -243,7 +243,7 @@ def naive_attention_match(
         weight = (1 + lost / lost.mean().clamp(min=steps.TINY)) / 2
         identity = torch.eye(q.shape[1], dtype=q.dtype)
         gram = q.T @ (weight[:, None] * q)
-        some_values = torch.cat([all_values[survivors], all_values[evicted]])
+        some_values = all_values[torch.cat([survivors, evicted])]
         centres, place = naive_clusters(
             all_keys,
             all_values,
